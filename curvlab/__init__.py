@@ -18,6 +18,7 @@ _moved.follow()
 if TYPE_CHECKING:
     from curvlab import assumptions, datasets, exact, integrations, likelihoods, models
     from curvlab.algorithms import approximation, optimizer
+    from curvlab.cli.sweeping import sweep
     from curvlab.foreign_optimizers import foreign
     from curvlab.logs.reading import cosine_to, late_cosine
     from curvlab.logs.reading import open_log as open
@@ -41,6 +42,7 @@ _PLACES = {
     "optimizer": "algorithms",
     "report": "show.page",
     "spectrum": "spectra",
+    "sweep": "cli.sweeping",
     "train": "training.run",
     "watch": "watching",
 }
@@ -67,6 +69,7 @@ __all__ = [
     "optimizer",
     "report",
     "spectrum",
+    "sweep",
     "train",
     "watch",
 ]

@@ -15,13 +15,14 @@ from types import UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from curvlab.curvature.averaging import Averaging
-from curvlab.curvature.base import Curvature, CurvatureBlock, IdentityBlock
+from curvlab.curvature.base import Curvature, CurvatureBlock
 from curvlab.curvature.block_diagonal import BlockDiagonal, Look
 from curvlab.curvature.gradient_norm import GradientNorm
+from curvlab.curvature.identity import IdentityBlock
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt
 from curvlab.curvature.overall_damping import DampingRule, same
 from curvlab.curvature.settings import CurvatureSettings
-from curvlab.errors import fitting, unknown
+from curvlab.errors import fitting, lookup, unknown
 from curvlab.layers import Block
 from curvlab.momentum import MomentumKind
 from curvlab.objective import Objective
@@ -29,6 +30,9 @@ from curvlab.observation import Pass
 from curvlab.units import Unit
 
 AdaptiveDamping = LevenbergMarquardt | GradientNorm
+
+OWN_READING = "kfac"
+"""Name of an entry's own reading where it has several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +195,8 @@ class Algorithm:
         learns_first: see `Descent`.
         empirical: whether its matrix is an empirical Fisher matrix of the data's gradients, which
             has a unit (`labels_per`).
+        readings: other settings of the same method, {name: entry}, which the option `reading`
+            chooses; this entry's own is named "kfac".
     """
 
     summary: str
@@ -201,6 +207,17 @@ class Algorithm:
     overall: DampingRule = same
     learns_first: bool = True
     empirical: bool = False
+    readings: Mapping[str, Algorithm] = field(default_factory=dict)
+
+    def read(self, reading: Any = None) -> Algorithm:
+        """Return the entry of a reading; None: this one.
+
+        Raises:
+            CurvlabError: an unknown reading (with the known ones and the closest).
+        """
+        if reading is None or not self.readings:
+            return self
+        return lookup({OWN_READING: self, **self.readings}, reading, "reading")
 
     @property
     def lr(self) -> float:
@@ -283,7 +300,8 @@ class Algorithm:
     @property
     def defaults(self) -> dict[str, Any]:
         """The values of the method's own options where a user gives none, by their names."""
-        return self.builds.defaults()
+        chosen = {"reading": OWN_READING} if self.readings else {}
+        return self.builds.defaults() | chosen
 
     def checked(self, own: Mapping[str, Any], name: str) -> dict[str, Any]:
         """Return a user's options, which are checked.
@@ -296,7 +314,8 @@ class Algorithm:
         for option in own:
             if option not in known:
                 raise unknown(f"option of {name}", option, known or ["none"])
-        hints = self.builds.hints() if own else {}
+        hints = self.read(own.get("reading")).builds.hints() if own else {}
+        hints |= {"reading": str}
         return {
             option: fitting(f"{option} of {name}", value, hints.get(option, Any))
             for option, value in own.items()
@@ -309,7 +328,8 @@ class Algorithm:
     @property
     def fixed(self) -> dict[str, Any]:
         """Options that hold λ where it is, for a comparison at one overall λ."""
-        return {"adapt": False} if "adapt" in self.options else {}
+        held = {"adapt": False, "r1": None, "r2": None, "shrink": 1.0}
+        return {name: value for name, value in held.items() if name in self.options}
 
     def block(self, block: Block, **own: Any) -> CurvatureBlock:
         """Make a block of a method by block, with the table's options, or a user's instead."""

@@ -10,14 +10,15 @@ from functools import partial
 from typing import cast
 
 from curvlab.algorithm_entry import Algorithm, ByBlock, Constants, WholeVector
+from curvlab.algorithm_readings import skqn
 from curvlab.algorithm_recent import RECENT
 from curvlab.curvature.averaging import Averaging
-from curvlab.curvature.base import CurvatureBlock, IdentityBlock
+from curvlab.curvature.base import CurvatureBlock
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
-from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.hessian import DenseHessian, hessians
 from curvlab.curvature.hessian_free import HessianFree
+from curvlab.curvature.identity import IdentityBlock
 from curvlab.curvature.kbfgs import ARTICLE_2021, CHAPTER_2, CHAPTER_3, CONVERGENT, KBfgs
 from curvlab.curvature.kfac import Kfac
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt
@@ -35,6 +36,14 @@ def _kfac(block: Block, *, split: str = "pi", sharing: str = "expand") -> Kfac:
 
 
 def _smw_fisher(block: Block, *, curvature_size: int | None = None) -> SmwFisher:
+    """Make a block of `smw-ng-bd`, or of `smw-ng-bd-ef`, the thesis's SMW-NG-BD.
+
+    `smw-ng-bd` has drawn labels and all N₁ examples: it is the Fisher matrix of `block-fisher`, of
+    the same pass in a comparison, without an average and by a system of the order of the examples,
+    and such an inverse is what it is a reference for. Its N₁ × N₁ system costs little beside the
+    pass. The thesis's matrix is that of SMW-NG, (5.3), by block: the data's labels, and of N₂ = 30
+    examples (5.8).
+    """
     return SmwFisher(curvature_size)
 
 
@@ -44,6 +53,9 @@ def _dense_hessian(block: Block) -> CurvatureBlock:
 
 _OVER_DAMPING = partial(IdentityBlock, over_damping=True)
 """Thesis 3.4.3: parameters of batch normalisation follow the momentum gradient at the rate α/λ."""
+
+_EVERY = Averaging(skips_first=False)
+"""Every minibatch is folded in, the first after a warm start too: Alg. 7, 12; 2021 Alg. 5."""
 
 ALGORITHMS: dict[str, Algorithm] = {
     "block-fisher": Algorithm(
@@ -78,21 +90,21 @@ ALGORITHMS: dict[str, Algorithm] = {
     "kfac": Algorithm(
         summary="Kronecker factors of inputs and derivatives, π damping",
         source="thesis Alg. 12, 4.7.2",
-        builds=ByBlock(_kfac),
+        builds=ByBlock(_kfac, averaging=_EVERY),
         labels="model",
         constants=Constants(lr=0.03, damping=1.0, refresh_every=20),
     ),
     "kfac-20": Algorithm(
         summary="KFAC with π = 1",
         source="thesis Alg. 7, Table 2.5; 2021 Alg. 5",
-        builds=ByBlock(_kfac, options={"split": "even"}),
+        builds=ByBlock(_kfac, options={"split": "even"}, averaging=_EVERY),
         labels="model",
         constants=Constants(lr=1.0, damping=3.0, momentum_kind="average", refresh_every=20),
     ),
     "kfac-ef": Algorithm(
         summary="KFAC from the data's labels",
         source="thesis 4.7.3",
-        builds=ByBlock(_kfac),
+        builds=ByBlock(_kfac, averaging=_EVERY),
         labels="data",
         empirical=True,
         constants=Constants(lr=1.0, damping=100.0, refresh_every=20),
@@ -100,14 +112,14 @@ ALGORITHMS: dict[str, Algorithm] = {
     "kfac-reduce": Algorithm(
         summary="KFAC from the mean input and summed derivative of an example's places",
         source="Eschenhagen et al. 2023; lr, damping of thesis Alg. 12",
-        builds=ByBlock(_kfac, options={"sharing": "reduce"}),
+        builds=ByBlock(_kfac, options={"sharing": "reduce"}, averaging=_EVERY),
         labels="model",
         constants=Constants(lr=0.03, damping=1.0, refresh_every=20),
     ),
     "kflr": Algorithm(
         summary="KFAC from the exact output Hessian",
         source="Botev et al. 2017; lr, damping of thesis Alg. 12",
-        builds=ByBlock(_kfac),
+        builds=ByBlock(_kfac, averaging=_EVERY),
         labels="exact",
         constants=Constants(lr=0.03, damping=1.0, refresh_every=20),
     ),
@@ -292,6 +304,19 @@ ALGORITHMS: dict[str, Algorithm] = {
         labels="model",
         constants=Constants(lr=0.1, damping=1.001, momentum=0.0, momentum_kind="average"),
     ),
+    "smw-ng-bd-ef": Algorithm(
+        summary="the same of the data's labels and N₂ examples: the matrix of smw-ng, by block",
+        source="thesis (5.3), Alg. 23 by block, 5.8",
+        builds=ByBlock(
+            _smw_fisher,
+            options={"curvature_size": 30},
+            averaging=Averaging(kind="last", warm=False),
+            damping_rule=LevenbergMarquardt(),
+        ),
+        labels="data",
+        empirical=True,
+        constants=Constants(lr=0.1, damping=1.001, momentum=0.0, momentum_kind="average"),
+    ),
     "smw-ng": Algorithm(
         summary="natural gradient of the whole vector from N₂ examples, Woodbury",
         source="thesis Alg. 23, (5.3), (5.6), 5.8",
@@ -314,40 +339,18 @@ ALGORITHMS: dict[str, Algorithm] = {
         labels="exact",
         constants=Constants(lr=0.1, damping=1.001, momentum=0.0, momentum_kind="average"),
     ),
-    "skqn-l": Algorithm(
-        summary="KFAC of the minibatch refined by L-BFGS of each block, λ by the gradient's norm",
-        source="S2QN Alg. 1, (12), (13); curvlab",
-        builds=ByBlock(
-            SkqnL,
-            averaging=Averaging(decay=0.0, warm=False),
-            damping_rule=GradientNorm(),
-        ),
-        labels="data",
-        constants=Constants(lr=1.0, damping=30.0, momentum=0.0, refresh_every=20),
+    "skqn-l": skqn("KFAC refined by L-BFGS of each block", "(12), (13)", SkqnL, {}),
+    "skqn-b1": skqn(
+        "KFAC, its factor G refined by sketched block BFGS of steps",
+        "(19), (22)",
+        SkqnB,
+        {"condition": "parameters"},
     ),
-    "skqn-b1": Algorithm(
-        summary="the same, factor G refined by sketched block BFGS of steps",
-        source="S2QN Alg. 1, (19), (22); curvlab",
-        builds=ByBlock(
-            SkqnB,
-            options={"condition": "parameters"},
-            averaging=Averaging(decay=0.0, warm=False),
-            damping_rule=GradientNorm(),
-        ),
-        labels="data",
-        constants=Constants(lr=1.0, damping=100.0, momentum=0.0, refresh_every=20),
-    ),
-    "skqn-b2": Algorithm(
-        summary="the same, of changes of pre-activations",
-        source="S2QN Alg. 1, (20), (22); curvlab",
-        builds=ByBlock(
-            SkqnB,
-            options={"condition": "preactivations"},
-            averaging=Averaging(decay=0.0, warm=False),
-            damping_rule=GradientNorm(),
-        ),
-        labels="data",
-        constants=Constants(lr=1.0, damping=100.0, momentum=0.0, refresh_every=20),
+    "skqn-b2": skqn(
+        "KFAC, its factor G refined by sketched block BFGS of changes of pre-activations",
+        "(20), (22)",
+        SkqnB,
+        {"condition": "preactivations"},
     ),
     "lbfgs": Algorithm(
         summary="L-BFGS of the whole vector, 10 pairs",

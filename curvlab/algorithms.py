@@ -101,6 +101,7 @@ def approximation(
     """
     a = find_algorithm(name)
     own = a.checked(own, name)
+    a = a.read(own.pop("reading", None))
     check_rates(damping=damping, decay=decay)
     check_labels(labels)
     cadence = Cadence(update_every=update_every, refresh_every=refresh_every)
@@ -167,6 +168,7 @@ def descent(
     if a.foreign:
         shared = {"momentum": momentum, "momentum_kind": momentum_kind, "double_grad": double_grad}
         return _shadow(name, a, objective, {**options, **shared}, weight_decay)
+    a = a.read(options.get("reading"))
     for every, value in (("update_every", a.update_every), ("refresh_every", a.refresh_every)):
         options[every] = value if options.get(every) is None else options[every]
     return Descent(
@@ -232,6 +234,7 @@ def optimizer(
         CurvlabError: as `descent`, and a learning rate out of range.
     """
     a = find_algorithm(name)
+    a = a if a.foreign else a.read(options.get("reading"))
     check_rates(lr)
     return Optimizer(descent(name, objective, **options), a.lr if lr is None else lr)
 

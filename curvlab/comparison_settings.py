@@ -20,7 +20,7 @@ from curvlab.probes.base import PROBES, asked, labels, taken
 from curvlab.published import FIGURE_4_1
 from curvlab.units import Unit, kind_per
 
-ALWAYS = ("cosine", "gram", "loss", "norms", "time", "shift")
+ALWAYS = ("cosine", "gram", "loss", "norms", "time", "lambda", "shift")
 """The probes of every comparison."""
 
 _SHARED = ("momentum", "decay", "update_every", "refresh_every")

@@ -123,9 +123,11 @@ class Descent:
         if self.further:
             gradients = {name: (g + self.further[name]) / 2 for name, g in gradients.items()}
             self.further = {}
-        momentum = self.momentum(gradients)
+        after = self.momentum.of_directions
+        momentum = gradients if after else self.momentum(gradients)
         with_defaults(self.curvature).heed(momentum)
         p = self.curvature.precondition(momentum)
+        p = self.momentum(p) if after else p
         if late:
             self.curvature.update(observation)
         rate = self.weight_decay if decay is None else decay
@@ -142,14 +144,10 @@ class Descent:
                     name: decay(parameters[name]) if callable(decay) else decay
                     for name in block.params
                 }
-                first, *others = rates.values()
-                if all(rate == first for rate in others):
-                    w = block.gather({name: parameters[name] for name in block.params})
-                    found[block.name] = p[block.name].add(w, alpha=first)
-                else:
-                    found[block.name] = p[block.name] + block.gather(
-                        {name: parameters[name] * r for name, r in rates.items()}
-                    )
+                found[block.name] = out = p[block.name].new_empty(block.shape)
+                into = block.scatter(out)  # views, since it is contiguous
+                for name, part in block.scatter(p[block.name]).items():
+                    torch.add(part, parameters[name], alpha=rates[name], out=into[name])
         return found
 
     @property

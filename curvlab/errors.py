@@ -300,11 +300,16 @@ def guard_memory(needed: int, what: str, remedy: str) -> None:
         CurvlabError: it would.
     """
     total = _memory()
-    if needed > 0.8 * total:
+    if not fits(needed):
         raise CurvlabError(
             f"{what} would need {needed / 1e9:.1f} GB and this machine has {total / 1e9:.1f} GB of"
             f" memory; {remedy}"
         )
+
+
+def fits(needed: int) -> bool:
+    """Return whether so many bytes are at most 80 % of the machine's memory."""
+    return needed <= 0.8 * _memory()
 
 
 @cache

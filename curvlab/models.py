@@ -304,6 +304,9 @@ MODELS: dict[str, ModelEntry] = {
         "tokens",
         "Karpathy 2022",
         sized=True,
+        comparison=ComparisonDefaults(
+            damping=0.1, batch_size=12, steps=20, warm=20, refresh_every=2
+        ),
     ),
     "vit-tiny": ModelEntry(
         "vision transformer of two layers, width 32, 4 heads; patches of 4×4, mean over places",

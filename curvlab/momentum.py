@@ -10,9 +10,10 @@ from torch import Tensor
 from curvlab.errors import unknown
 from curvlab.groups import check_momentum
 
-MomentumKind = Literal["add", "average", "corrected", "nesterov"]
+MomentumKind = Literal["add", "average", "corrected", "nesterov", "directions"]
 """m ← β m + g (thesis chapters 3 and 4); m ← β m + (1 − β) g (chapter 2); the average divided by 1
-− βᵏ (Adam); the average, of which β m + (1 − β) g is followed once more (Muon).
+− βᵏ (Adam); the average, of which β m + (1 − β) g is followed once more (Muon); m ← β m + H g, of
+directions in place of gradients, as where torch's SGD is given preconditioned gradients.
 """
 
 
@@ -35,6 +36,11 @@ class Momentum:
         self.steps = 0
 
     @property
+    def of_directions(self) -> bool:
+        """Whether it is of what the curvature has made of the gradients."""
+        return self.kind == "directions"
+
+    @property
     def held(self) -> tuple[dict[str, Tensor], int]:
         """What `put_back` takes; no number is copied, since none is written over."""
         return dict(self.buffers), self.steps
@@ -49,12 +55,13 @@ class Momentum:
         if self.beta == 0:
             self.buffers = dict(gradients) if self.buffers else {}  # β may come back: a schedule's
             return gradients
-        new = 1.0 if self.kind == "add" else 1 - self.beta
+        adds = self.kind in ("add", "directions")
+        new = 1.0 if adds else 1 - self.beta
         for name, g in gradients.items():
             old = self.buffers.get(name)
             if old is None:
                 self.buffers[name] = g * new
-            elif self.kind == "add":
+            elif adds:
                 self.buffers[name] = torch.add(g, old, alpha=self.beta)
             else:
                 self.buffers[name] = old.lerp(g, new)

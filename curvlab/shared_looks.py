@@ -254,6 +254,8 @@ def _moves_buffers(closure: Closure) -> bool:
 
 def check_alike(objective: Objective) -> None:
     """Raise CurvlabError, on all ranks, where weights, buffers, blocks or seeds differ."""
+    if not objective.ranks.several:
+        return
     tensors = [*objective.parameters.values(), *objective.model.buffers()]
     objective.ranks.agreed(
         "other weights, blocks or seeds",

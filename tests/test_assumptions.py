@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS, damping_for
 from curvlab.assumptions import ASSUMPTIONS, errors, quality
-from curvlab.curvature.base import IdentityBlock
+from curvlab.curvature.identity import IdentityBlock
 from curvlab.curvature.kbfgs import KBfgs
 from curvlab.exact import KINDS, Kind
 from curvlab.layers import Block

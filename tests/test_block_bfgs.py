@@ -132,6 +132,172 @@ def test_one_pair_is_bfgs_with_powells_damping_on_b(
     assert_near(found.matrix, qn.bfgs(B, pair.s, pair.y), 1e-9)
 
 
+# τ that is bounded from above, too: S2QN's Assumption 2.4.
+
+
+def conditions(
+    Lambda: Tensor, U: Tensor, V: Tensor, choice: Choice, tau: float, mu1: float
+) -> tuple[float, float]:
+    """Least eigenvalues of P_τ relative to P at V = ΛU, and of P_τ / μ₁ − V_τᵀΛ⁻¹V_τ likewise;
+    inverses written out.
+    """
+    W, VU = U.T @ Lambda @ U, V.T @ U
+    one = torch.eye(len(W), dtype=DOUBLE)
+    P, reference = {
+        "symmetric": ((VU + VU.T) / 2, W),
+        "trace": (VU.trace() * one, W.trace() * one),
+        "diagonal": (torch.diag(VU.diagonal()), torch.diag(W.diagonal())),
+    }[choice]
+    P, V = tau * P + (1 - tau) * reference, tau * V + (1 - tau) * Lambda @ U
+    above = P / mu1 - V.T @ torch.linalg.solve(Lambda, V)
+    root = torch.linalg.cholesky(reference)
+    first, second = (torch.linalg.solve(root, torch.linalg.solve(root, M).T).T for M in (P, above))
+    return (
+        float(torch.linalg.eigvalsh((first + first.T) / 2)[0]),
+        float(torch.linalg.eigvalsh((second + second.T) / 2)[0]),
+    )
+
+
+@choices
+@MANY
+@given(
+    order=st.integers(2, 7),
+    m=st.integers(1, 5),
+    seed=SEEDS,
+    mu=st.floats(0.05, 0.9),
+    mu1=st.floats(0.05, 0.9),
+    long=st.floats(-3, 6),
+)
+def test_the_bounded_tau_is_the_largest_and_bounds_the_matrix(
+    choice: Choice, order: int, m: int, seed: int, mu: float, mu1: float, long: float
+) -> None:
+    """Λ⁺ ⪯ (1 + 1/μ₁) Λ, hence ‖Λ⁺‖ ≤ (1 + 1/μ₁) ‖Λ‖, whatever the pairs; no larger τ ≤ 1 keeps
+    both conditions.
+    """
+    Lambda, U = spd(order, seed), normal(order, m, seed=seed + 1)
+    V = 10**long * normal(order, m, seed=seed + 2)
+    found = block_bfgs(Lambda, U, V, choice=choice, mu=mu, mu1=mu1)
+    if found.skipped:
+        assert choice == "diagonal"  # whose P at V = ΛU may be too small for columns that lean
+        assert conditions(Lambda, U, V, choice, 0.0, mu1)[1] < 1e-12
+        return
+    root = torch.linalg.cholesky(Lambda)
+    relative = torch.linalg.solve(root, torch.linalg.solve(root, found.matrix).T)
+    relative = (relative + relative.T) / 2
+    assert float(torch.linalg.eigvalsh(relative)[-1]) <= (1 + 1 / mu1) * (1 + 1e-9)
+    norms = [float(torch.linalg.eigvalsh(M)[-1]) for M in (found.matrix, Lambda)]
+    assert norms[0] <= (1 + 1 / mu1) * norms[1] * (1 + 1e-9)
+    assert 0 <= found.tau <= 1
+    if m <= order and choice != "trace":
+        least, above = conditions(Lambda, U, V, choice, found.tau, mu1)
+        assert least >= mu - 1e-8
+        assert above >= -1e-8 / mu1
+        if 0 < found.tau < 1:
+            assert min(least - mu, above * mu1) <= 1e-6
+
+
+@choices
+@MANY
+@given(
+    order=st.integers(2, 7),
+    m=st.integers(1, 5),
+    seed=SEEDS,
+    room=st.floats(1.01, 30),
+    long=st.floats(-3, 6),
+)
+def test_a_ceiling_is_kept_and_met(
+    choice: Choice, order: int, m: int, seed: int, room: float, long: float
+) -> None:
+    """Λ⁺ ⪯ hI, Assumption 2.4, with equality where it is what has lowered τ."""
+    Lambda, U = spd(order, seed), normal(order, m, seed=seed + 1)
+    V = 10**long * normal(order, m, seed=seed + 2)
+    h = room * float(torch.linalg.eigvalsh(Lambda)[-1])
+    found, free = (block_bfgs(Lambda, U, V, choice=choice, ceiling=top) for top in (h, None))
+    if found.skipped:
+        assert choice == "diagonal"
+        return
+    greatest = float(torch.linalg.eigvalsh(found.matrix)[-1])
+    assert greatest <= h * (1 + 1e-9)
+    if found.tau < free.tau:
+        assert greatest == pytest.approx(h, rel=1e-6)
+    else:
+        assert found.tau == free.tau
+
+
+def test_above_the_ceiling_nothing_is_updated() -> None:
+    Lambda, U = spd(4), normal(4, 2)
+    found = block_bfgs(Lambda, U, Lambda @ U, ceiling=1e-3)
+    assert (found.skipped, found.matrix is Lambda) == ("curvature", True)
+
+
+@choices
+@MANY
+@given(
+    order=st.integers(2, 6),
+    seed=SEEDS,
+    mu=st.floats(0.05, 0.9),
+    mu1=st.floats(0.05, 0.9),
+    long=st.floats(-2, 4),
+)
+def test_the_bounded_tau_of_one_pair_in_closed_form(
+    choice: Choice, order: int, seed: int, mu: float, mu1: float, long: float
+) -> None:
+    """With w = uᵀΛu, s = uᵀv, a = vᵀΛ⁻¹v the bound is a quadratic inequality in τ:
+    τ² a + 2 τ (1 − τ) s + (1 − τ)² w ≤ (τ s + (1 − τ) w) / μ₁.
+    """
+    Lambda, u = spd(order, seed), normal(order, seed=seed + 1)
+    v = 10**long * normal(order, seed=seed + 2)
+    w, s, a = (
+        float(u @ Lambda @ u),
+        float(u @ v),
+        float(v @ torch.linalg.solve(Lambda, v)),
+    )
+    square, linear, rest = a - 2 * s + w, 2 * (s - w) - (s - w) / mu1, w - w / mu1
+    root = (-linear + (linear**2 - 4 * square * rest) ** 0.5) / (2 * square)
+    powell = 1.0 if s >= mu * w else (1 - mu) * w / (w - s)
+    found = block_bfgs(Lambda, u[:, None], v[:, None], choice=choice, mu=mu, mu1=mu1)
+    assert found.tau == pytest.approx(min(1.0, powell, root), rel=1e-7)
+
+
+def test_a_long_v_across_u_no_longer_makes_the_matrix_huge() -> None:
+    """V nearly orthogonal to U: P ⪰ μ UᵀΛU says nothing of V P⁻¹ Vᵀ. After forty updates with
+    Powell's rule alone Λ is far beyond ‖V‖ / ‖U‖ and singular to rounding; with the bound neither.
+    """
+    skew = normal(20, 20, seed=9)
+    skew = skew - skew.T
+    size = float(torch.linalg.matrix_norm(skew, 2))
+    found = {}
+    for mu1 in (None, 0.2):
+        Lambda, greatest = 0.1 * eye(20), 0.0
+        for k in range(40):
+            U = normal(20, 4, seed=k)
+            Lambda = block_bfgs(Lambda, U, skew @ U, mu1=mu1).matrix
+            values = torch.linalg.eigvalsh(Lambda)
+            greatest = max(greatest, float(values[-1]))
+        found[mu1] = (greatest, float(values[0]))
+    assert found[None][0] > 100 * size
+    assert found[None][1] < 1e-10
+    assert found[0.2][0] < size
+    assert found[0.2][1] > 1e-4
+
+
+def test_an_update_that_no_tau_bounds_is_skipped() -> None:
+    """Of five columns that are nearly one the diagonal P is a fifth of what it would have to be; of
+    a matrix that rounding has made indefinite there is no bound.
+    """
+    U = normal(4, 1) + 1e-3 * normal(4, 5, seed=1)
+    Lambda = spd(4)
+    found = block_bfgs(Lambda, U, Lambda @ U, choice="diagonal", mu1=0.3)
+    assert (found.skipped, found.matrix is Lambda) == ("curvature", True)
+    assert block_bfgs(Lambda, U, Lambda @ U, choice="diagonal").skipped == ""
+    broken = torch.diag(torch.tensor([1.0, -1e-12], dtype=DOUBLE))
+    found = block_bfgs(broken, eye(2)[:, :1], eye(2)[:, :1], mu1=0.2)
+    assert (found.skipped, found.matrix is broken) == ("curvature", True)
+    for mu1 in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(CurvlabError, match="mu1 must lie between 0 and 1"):
+            block_bfgs(Lambda, U, U, mu1=mu1)
+
+
 def test_no_other_choice_satisfies_the_secant_equations_of_several_pairs() -> None:
     U, M = normal(5, 2), spd(5, 1)
     holding: dict[Choice, bool] = {"symmetric": True, "trace": False, "diagonal": False}

@@ -129,6 +129,7 @@ def test_the_log_has_the_promised_schema(folder: Path) -> None:
             "minibatch_gradient_norm": ("step", "block"),
             "weight_norm": ("step", "block"),
             "seconds": ("step", "algorithm"),
+            "damping_of_direction": ("step", "algorithm"),
             "shift": ("step", "algorithm", "block"),
         }
         assert all({"long_name", "units"} <= v.attrs.keys() for v in ds.variables.values())

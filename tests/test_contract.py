@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS, approximation, damping_for, descent
-from curvlab.curvature.base import IdentityBlock
+from curvlab.curvature.identity import IdentityBlock
 from curvlab.layers import Block
 from curvlab.objective import Objective
 from curvlab.observation import Observation

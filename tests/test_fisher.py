@@ -4,6 +4,7 @@ solve.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 import pytest
@@ -16,7 +17,10 @@ import curvlab as cl
 from curvlab.algorithms import approximation
 from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.fisher import DenseFisher
+from curvlab.curvature.kept_rows import KeptRows
+from curvlab.curvature.large import by_rows
 from curvlab.exact import Kind
+from curvlab.linalg.woodbury import Below, Rows
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass
 
@@ -275,11 +279,13 @@ def test_a_singular_matrix_raises_the_damping_and_says_so(idle: list[int]) -> No
     assert bool(torch.isfinite(curvature.inverse["1"].dense()).all())
 
 
-def test_a_matrix_too_large_for_the_memory_is_refused() -> None:
-    model = torch.nn.Linear(3000, 300, bias=False)
+def test_a_matrix_too_large_for_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """9000² numbers, twice, of a layer that is not so large that rows are kept."""
+    monkeypatch.setattr("curvlab.errors._memory", lambda: 500 << 20)
+    model = torch.nn.Linear(300, 30, bias=False)
     objective = cl.Objective(model, cl.likelihoods.Gaussian())
     curvature = dense_fisher(objective)
-    closure = objective.closure(torch.ones(2, 3000), torch.zeros(2, 300))
+    closure = objective.closure(torch.ones(2, 300), torch.zeros(2, 30))
     with pytest.raises(
         cl.CurvlabError, match=r"a dense block 1 \(weight\) would need .* GB .* use smw-ng-bd"
     ):
@@ -306,3 +312,90 @@ def test_block_ggn_is_the_block_fisher_of_all_labels(model: str) -> None:
             expected[block.name] += rows.T @ (probability[:, label, None] * rows) / len(rows)
     for block in objective.blocks:
         assert_inverts(curvature, block.name, expected[block.name])
+
+
+# ---- rows in the place of a matrix that is too large
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("model", ["tanh", "conv", "groups", "embedding"])
+def test_kept_rows_are_the_dense_matrix(
+    model: str, labels: Pass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A moving average over six minibatches, inverted both ways; a state goes on where it was."""
+    p = problem(model)
+    found: list[BlockDiagonal] = []
+    for rows in (False, True):
+        objective = p.objective()
+        if rows:
+            monkeypatch.setattr("curvlab.curvature.fisher.by_rows", lambda statistics: True)
+        curvature = dense_fisher(objective, labels)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for x, y in batches(p, 6):
+                curvature.update(objective.closure(x, y).observe(curvature.needs))
+        lines = [str(w.message) for w in told]
+        assert len(lines) == (len(objective.blocks) if rows else 0)
+        assert all("so the rows of the minibatches are kept" in line for line in lines)
+        found.append(curvature)
+    dense, kept = found
+    again = dense_fisher(p.objective(), labels)
+    again.load_state_dict(kept.state_dict())
+    for block in p.objective().blocks:
+        expected = cast(DenseFisher, dense.blocks[block.name]).matrix().dense()
+        assert_inverts(kept, block.name, expected)
+        assert_inverts(again, block.name, expected)
+        v = torch.ones(block.shape, dtype=torch.float64)
+        torch.testing.assert_close(
+            kept.precondition({block.name: v}), dense.precondition({block.name: v})
+        )
+    x, y = batches(p, 1)[0]
+    for curvature in (dense, kept, again):  # each draws the labels of its own seventh closure
+        objective = p.objective()
+        curvature.update(objective.closure(x, y).observe(curvature.needs))
+    for block in p.objective().blocks:
+        expected = cast(DenseFisher, dense.blocks[block.name]).matrix().dense()
+        assert_inverts(kept, block.name, expected)
+        assert_inverts(again, block.name, expected)
+
+
+def test_old_rows_are_left_out_when_they_hardly_count() -> None:
+    """With weights of one half a minibatch: 2⁻¹⁴ is the first below 1e-4."""
+    torch.manual_seed(0)
+    kept = KeptRows()
+    each = [Rows(torch.randn(2, 3).double(), torch.randn(2, 4).double()) for _ in range(40)]
+    expected = torch.zeros(12, 12, dtype=torch.float64)
+    for k, rows in enumerate(each):
+        weight = 0.5 if k else 1.0
+        kept.fold(rows, weight, "a block")
+        expected = (1 - weight) * expected + weight * rows.dense().T @ rows.dense()
+    assert len(kept.parts) == len(kept.weights) == 14
+    found = kept.matrix(0.0).dense()
+    assert 0 < float((found - expected).norm() / expected.norm()) < 2e-4
+    torch.testing.assert_close(kept.gram, Below(tuple(kept.parts), (1.0,) * 14).gram())
+
+
+def test_rows_are_kept_where_they_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a layer's size alone nothing is decided: 1000 examples of a wide layer stay refused."""
+
+    def wide(size: int, outputs: int, inputs: int) -> bool:
+        objective = cl.Objective(torch.nn.Linear(inputs, outputs), cl.likelihoods.Gaussian())
+        closure = objective.closure(torch.randn(size, inputs), torch.randn(size, outputs))
+        return by_rows(closure.observe({"data"}).passes["data"]["1"])
+
+    assert wide(12, 512, 512)
+    assert not wide(12, 64, 64)
+    assert not wide(1500, 150, 150)
+    monkeypatch.setattr("curvlab.errors._memory", lambda: 50 << 20)
+    assert not wide(12, 512, 512)
+
+
+def test_kept_rows_need_damping_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = KeptRows()
+    rows = Rows(torch.ones(2, 3))
+    kept.fold(rows, 1.0, "block 1")
+    with pytest.raises(cl.CurvlabError, match="by its rows needs a positive damping, not 0"):
+        kept.inverse(0.0, "the block Fisher matrix")
+    monkeypatch.setattr("curvlab.errors._memory", lambda: 100)
+    with pytest.raises(cl.CurvlabError, match=r"Gram matrix of 4 rows of block 1.*smaller mini"):
+        kept.fold(rows, 0.5, "block 1")

@@ -25,6 +25,7 @@ COMMANDS = (
     "compare -h",
     "train -h",
     "spectrum -h",
+    "sweep -h",
     "plot -h",
     *(f"list {what}" for what in lists.LISTS),
 )

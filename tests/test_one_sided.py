@@ -16,7 +16,12 @@ from curvlab.curvature.matrix_parts import WithDiagonal
 from curvlab.curvature.one_sided import SCALES, asgo, muon
 from curvlab.layers import Block, blocks
 from curvlab.linalg.operator_states import pack, unpack_operator
-from curvlab.linalg.polar import COEFFICIENTS, newton_schulz_factor, polar_factor
+from curvlab.linalg.polar import (
+    COEFFICIENTS,
+    newton_schulz_bfloat16,
+    newton_schulz_factor,
+    polar_factor,
+)
 from curvlab.momentum import Momentum
 from curvlab.statistics import LayerStatistics
 
@@ -155,6 +160,41 @@ def test_muon_is_torchs_within_bfloat16(shape: tuple[int, int], adjust: str) -> 
         assert torch.equal(other @ u.flatten(), rounding.inverse @ u.flatten())
         assert_near(other @ g.flatten(), part.inverse @ g.flatten(), 1e-12)
         assert_near(other.dense(), part.inverse.dense(), 1e-12)
+
+
+def test_directions_made_together_are_those_of_the_operators() -> None:
+    """Three weights of one shape, one of another, with and without biases; a second look at the
+    same momentum gives the same, and any other tensor goes by the operator.
+    """
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 6), nn.Linear(6, 4)]
+    model = nn.Sequential(*layers).double()
+    objective = cl.Objective(model, cl.likelihoods.Gaussian())
+    curvature = cl.approximation("muon", objective, polar="bfloat16")
+    observation = objective.closure(normal(5, 6), normal(5, 4)).observe(curvature.needs)
+    curvature.update(observation)
+    momenta = {name: g + 1 for name, g in observation.gradients.items()}
+    curvature.heed(momenta)  # type: ignore[attr-defined]
+    found, again = curvature.precondition(momenta), curvature.precondition(momenta)
+    for block in objective.blocks:
+        m = momenta[block.name]
+        by_operator = (curvature.inverse[block.name] @ m.flatten()).view(m.shape)
+        assert torch.equal(found[block.name], by_operator)
+        assert torch.equal(found[block.name], again[block.name])
+        W = m[:, :-1] if block.biased else m
+        alone = SCALES["match_rms_adamw"](*W.shape) * in_bfloat16(W).double()
+        direction = found[block.name][:, :-1] if block.biased else found[block.name]
+        assert_near(direction, alone, 1e-12)
+    others = {name: m.clone() for name, m in momenta.items()}
+    for name, direction in curvature.precondition(others).items():
+        assert_near(direction, found[name], 1e-12)
+
+
+@pytest.mark.parametrize("shapes", [[(400, 420)], [(420, 400)], [(6, 9), (9, 6), (6, 9)]])
+def test_halves_and_stacks_have_the_bits_of_whole_products(shapes: list[tuple[int, int]]) -> None:
+    Us = [normal(*shape, seed=seed).float() for seed, shape in enumerate(shapes)]
+    for U, found in zip(Us, newton_schulz_bfloat16(Us), strict=True):
+        assert torch.equal(found, in_bfloat16(U))
 
 
 def test_muon_as_an_optimizer_by_hand() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import MODELS, REPRESENTATIVE, Problem, batches, curvature_of, problem
+from problems import MODELS, REPRESENTATIVE, Problem, assert_near, batches, curvature_of, problem
 from test_storage import same as same_state
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
@@ -171,6 +171,7 @@ def test_sgd_with_decoupled_weight_decay_by_hand(model: str) -> None:
         ("average", lambda g1, g2: 0.6 * 0.4 * g1 + 0.4 * g2),
         ("corrected", lambda g1, g2: (0.6 * 0.4 * g1 + 0.4 * g2) / (1 - 0.36)),
         ("nesterov", lambda g1, g2: 0.6 * (0.6 * 0.4 * g1 + 0.4 * g2) + 0.4 * g2),
+        ("directions", lambda g1, g2: 0.6 * g1 + g2),
     ],
 )
 def test_kinds_of_momentum(
@@ -186,6 +187,32 @@ def test_kinds_of_momentum(
     size = {"average": 0.4, "nesterov": 0.6 * 0.4 + 0.4}.get(kind, 1.0)
     torch.testing.assert_close(first, size * g1, rtol=1e-14, atol=0)
     torch.testing.assert_close(second, expected(g1, g2), rtol=1e-14, atol=0)
+
+
+def test_momentum_of_directions_is_torchs_sgd_on_preconditioned_gradients() -> None:
+    """Of directions, and not of gradients: the curvature changes from step to step."""
+    p = problem("tanh")
+    objective, other = p.objective(), problem("tanh").objective()
+    options: dict[str, Any] = {"damping": 0.3, "labels": "data"}
+    optimizer = cl.optimizer("kfac", objective, lr=0.1, momentum_kind="directions", **options)
+    plain = torch.optim.SGD(list(other.parameters.values()), lr=0.1, momentum=0.9)
+    curvature = cl.approximation("kfac", other, refresh_every=20, **options)
+    added = cl.optimizer("kfac", problem("tanh").objective(), lr=0.1, **options)
+    for x, y in batches(p, 5):
+        optimizer.step(objective.closure(x, y))
+        added.step(added.objective.closure(x, y))
+        observation = other.closure(x, y).observe({"data", "gradient"})
+        curvature.update(observation)
+        for name, d in curvature.precondition(observation.gradients).items():
+            block = next(b for b in other.blocks if b.name == name)
+            for parameter, part in block.scatter(d).items():
+                other.parameters[parameter].grad = part.clone()
+        plain.step()
+    for name, w in objective.parameters.items():
+        assert_near(w.detach(), other.parameters[name].detach(), 1e-12)
+    name = next(iter(objective.parameters))
+    apart = added.objective.parameters[name] - objective.parameters[name]
+    assert float(apart.norm()) > 1e-3 * float(objective.parameters[name].norm())
 
 
 def test_constant_gradients_leave_the_corrected_average_where_it_is() -> None:

@@ -75,8 +75,11 @@ are the scripts' values.
 
 def test_every_figure_and_table_has_a_name() -> None:
     thesis = [f"figure-{n}" for n in FIGURES] + [f"table-{n}" for n in TABLES]
-    others = [f"{document}-figure-{n}" for document in ("s2qn", "kfqn-cnn") for n in range(1, 5)]
-    assert [*thesis, *others, "autoencoders", "convnet", "layerwise-oracle"] == NAMES
+    s2qn, kfqn = (
+        [f"{document}-figure-{n}" for n in range(1, 5)] for document in ("s2qn", "kfqn-cnn")
+    )
+    own = ["autoencoders", "convnet", "layerwise-oracle"]
+    assert [*thesis, *s2qn, "skqn-refinement", *kfqn, *own] == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)

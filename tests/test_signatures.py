@@ -90,6 +90,7 @@ NAMED_TWICE = {
     "report": "the command calls the function",
     "reproduce": "the command calls the function",
     "spectrum": "the command calls the function",
+    "sweep": "the command calls the function",
     "train": "the command calls the function",
     "main": "entry points: of the program, of what it loads, of a figure's script",
     "Option": "typer's, under a short name",

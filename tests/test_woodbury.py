@@ -15,7 +15,7 @@ from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg import woodbury
 from curvlab.linalg.cholesky import solve_cholesky
 from curvlab.linalg.operators import LowRank
-from curvlab.linalg.woodbury import Beside, LayerRows, Rows, gram_cholesky
+from curvlab.linalg.woodbury import Below, Beside, LayerRows, Rows, gram_cholesky
 
 FEW = settings(deadline=None, max_examples=25)
 SIZE = st.integers(1, 5)
@@ -118,3 +118,34 @@ def test_gram_that_needs_more_damping_says_so_by_its_name() -> None:
 def test_gram_of_rows_with_nan() -> None:
     with pytest.raises(CurvlabError, match="the Gram matrix contains NaN or Inf"):
         gram_cholesky(Rows(torch.full((2, 2), float("nan"))), 1.0)
+
+
+@FEW
+@given(
+    st.lists(st.tuples(SIZE, st.booleans(), st.floats(0, 3)), min_size=1, max_size=3),
+    SIZE,
+    SIZE,
+    COLUMNS,
+    st.integers(0, 999),
+)
+def test_rows_below_one_another_are_their_matrix(
+    parts: list[tuple[int, bool, float]], o: int, i: int, columns: int | None, seed: int
+) -> None:
+    """Parts of outer products and of rows that are formed, each with its scale."""
+    made: list[Rows] = []
+    dense: list[Tensor] = []
+    for k, (r, formed, scale) in enumerate(parts):
+        rows, matrix = build(r, o, i, seed + 2 * k)
+        made.append(Rows(matrix) if formed else rows)
+        dense.append(scale * matrix)
+    matrix = torch.cat(dense)
+    found = Below(tuple(made), tuple(scale for _, _, scale in parts))
+    vector, w = vectors(o * i, columns, seed + 8), vectors(len(matrix), columns, seed + 9)
+    assert (len(found), found.width) == matrix.shape
+    assert_near(found.times(vector), matrix @ vector)
+    assert_near(found.transposed(w), matrix.T @ w)
+    assert_near(found.gram(), matrix @ matrix.T)
+    assert_near(found.dense(), matrix)
+    assert_near(torch.cat(list(found.columns()), 1), matrix)
+    assert_near(found.squares(), matrix.square().sum(0))
+    assert_near(found.total(), matrix.square().sum())

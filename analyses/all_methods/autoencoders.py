@@ -22,7 +22,7 @@ CHAPTER_2, CHAPTER_3, CHAPTER_4, EMPIRICAL, S2QN = (
     for name in ("figure-2.2", "figure-3.1", "figure-4.2", "figure-4.4", "s2qn-figure-2")
 )
 
-SLOW = ("skqn-l", "skqn-b1", "skqn-b2", "smw-ng", "smw-ng-bd", "hf", "lbfgs")
+SLOW = ("skqn-l", "skqn-b1", "skqn-b2", "smw-ng", "smw-ng-bd-ef", "hf", "lbfgs")
 ALIKE = (
     "k-bfgs-20",
     "k-bfgs-l-20",
@@ -52,11 +52,17 @@ FIGURE = Comparison(
         "TNT-EF": EMPIRICAL["TNT-EF"],
         "Shampoo": CHAPTER_4["Shampoo"],
         **{
-            label: replace(S2QN[label], values=S2QN[label].values["MNIST"])
+            label: replace(
+                S2QN[label],
+                values={
+                    "MNIST": S2QN[label].values["MNIST"],
+                    "CURVES": S2QN[label].values["CURVES, 1000"],
+                },
+            )
             for label in ("SKQN-L", "SKQN-B1", "SKQN-B2")
         },
         "SMW-NG": Method("smw-ng", (0.1, 1.001)),  # thesis 5.8, as the next
-        "SMW-NG-BD": Method("smw-ng-bd", (0.1, 1.001)),
+        "SMW-NG-BD": Method("smw-ng-bd-ef", (0.1, 1.001)),
         "HF": Method("hf", (0.1, 1.001)),
         "L-BFGS": Method("lbfgs", (0.1, 0)),
         "SGD-m": CHAPTER_4["SGD-m"],

@@ -12,7 +12,8 @@ symmetric ones by half, over the matrix-product peak of this run. Memory is what
 between steps, beside the numbers that the documents' tables (2.1, 3.1, 4.1) give it.
 
 Peers: torch's Adam, AdamW and Muon (with AdamW for what is no hidden matrix), a straightforward
-KFAC of forty lines (below), and, where it is installed, pytorch_optimizer's Shampoo, SOAP and Muon:
+KFAC of forty lines (below), and, where it is installed, pytorch_optimizer's Shampoo, SOAP and Muon;
+what is said of them last are turns that they take with ours:
     pip install --no-deps pytorch_optimizer
 On gpt-small batches are of 12 windows, and no floor is counted.
 """
@@ -95,7 +96,7 @@ parser.add_argument(
     help="of the autoencoder; a twentieth of it for the convolutions",
 )
 parser.add_argument("--threads", type=int, default=1)
-parser.add_argument("--record", action="store_true", help="write results/steps.json")
+parser.add_argument("--record", action="store_true", help="write results/{steps,peers}.json")
 options = parser.parse_args()
 torch.set_num_threads(options.threads)
 clock = time.process_time if options.threads == 1 else time.perf_counter
@@ -295,6 +296,7 @@ class PlainKfac:
 
 
 ROWS: list[list[str | float | None]] = []
+PAIRS_IN_TURNS: list[list[str | float | None]] = []
 
 
 def run(problem: str, flops: float) -> None:
@@ -316,10 +318,12 @@ def run(problem: str, flops: float) -> None:
         f"  {'method':<20}{'ms':>9}{'× f+b':>8}{'floor':>8}"
         f"{'goal':>7}{'memory MB':>12}{'tables':>9}"
     )
-    taken: dict[str, float] = {}
+    steps: dict[str, tuple[Callable[[int], object], int]] = {}
 
     def show(
         label: str,
+        step: Callable[[int], object],
+        period: int,
         seconds: float,
         bound: float | None = None,
         goal: float | None = None,
@@ -327,7 +331,7 @@ def run(problem: str, flops: float) -> None:
     ) -> None:
         bases.append(timed(plain))
         base = (bases[-2] + bases[-1]) / 2
-        taken[label] = seconds / base
+        steps[label] = step, period
         ROWS.append([problem, label, round(1e3 * seconds, 1), round(seconds / base, 2)])
         ROWS[-1] += [round(bound / flops / base, 2) if bound else None, goal]
         bounds = f"{bound / flops / base:>8.2f}" if bound else " " * 8
@@ -340,21 +344,45 @@ def run(problem: str, flops: float) -> None:
     for method in (m for m in METHODS if m.name in options.names):
         objective, batches = PROBLEMS[problem]()
         optimizer = cl.optimizer(method.name, objective, lr=1e-7, **method.options)
-        seconds = timed(
-            lambda i, b=batches, o=objective, step=optimizer.step: step(o.closure(*b[i % 4])),
-            method.period,
-        )
+
+        def step(
+            i: int,
+            among: list[tuple[Tensor, Tensor]] = batches,
+            of: cl.Objective = objective,
+            by: Callable[[Any], object] = optimizer.step,
+        ) -> None:
+            by(of.closure(*among[i % 4]))
+
+        seconds = timed(step, method.period)
         held = sum(
             t.numel() * t.element_size() for t in tensors(optimizer.descent.curvature.state_dict())
         )
         told = numbers(method, layers)
         memory = f"{held / 1e6:>12.1f}" + ("" if told is None else f"{4 * told / 1e6:>9.1f}")
-        show(method.label, seconds, floor(method, layers), method.goal, memory)
+        bound = floor(method, layers)
+        show(method.label, step, method.period, seconds, bound, method.goal, memory)
 
     peers(problem, show)
     for theirs, mine in PEERS_OF:
-        if {theirs, mine} <= taken.keys():
-            print(f"  {theirs} / {mine} of ours: {taken[theirs] / taken[mine]:.2f}")
+        if {theirs, mine} <= steps.keys():
+            ratio = in_turns(steps[theirs], steps[mine])
+            PAIRS_IN_TURNS.append([problem, theirs, mine, round(ratio, 3)])
+            print(f"  {theirs} / {mine} of ours, in turns: {ratio:.2f}", flush=True)
+
+
+def in_turns(*both: tuple[Callable[[int], object], int], turns: int = 12) -> float:
+    """Ratio of the fastest of turns of a period that two take alternately: what else the machine
+    does meets both alike.
+    """
+    times: list[list[float]] = [[], []]
+    for turn in range(turns if both[0][1] == 1 else 3):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            step, period = both[which]
+            start = clock()
+            for i in range(max(2, period)):
+                step(i)
+            times[which].append(clock() - start)
+    return min(times[0]) / min(times[1])
 
 
 PEERS_OF = (
@@ -378,7 +406,7 @@ def hidden(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     return matrices, [p for p in model.parameters() if id(p) not in own]
 
 
-def peers(problem: str, show: Callable[[str, float], None]) -> None:
+def peers(problem: str, show: Callable[[str, Callable[[int], object], int, float], None]) -> None:
     """Time what others have: plain loops of forward, backward and their step."""
     lr = 1e-7
 
@@ -391,11 +419,11 @@ def peers(problem: str, show: Callable[[str, float], None]) -> None:
             for optimizer in optimizers:
                 optimizer.step()
 
-        show(label, timed(step, period))
+        show(label, step, period, timed(step, period))
 
     def muon(model: nn.Module) -> list[Any]:
         matrices, rest = hidden(model)
-        return [torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr)]
+        return [torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr, weight_decay=0.1)]
 
     loop("torch Adam", lambda model: [torch.optim.Adam(model.parameters(), lr=lr)])
     loop("torch AdamW", lambda model: [torch.optim.AdamW(model.parameters(), lr=lr)])
@@ -409,7 +437,7 @@ def peers(problem: str, show: Callable[[str, float], None]) -> None:
             x, y = pairs[i % 4]
             peer.step(x, y, lr)
 
-        show("plain KFAC T₂=20", timed(kfac_step, 20))
+        show("plain KFAC T₂=20", kfac_step, 20, timed(kfac_step, 20))
     if not find_spec("pytorch_optimizer"):
         return
     from pytorch_optimizer import SOAP, Muon, Shampoo
@@ -417,8 +445,8 @@ def peers(problem: str, show: Callable[[str, float], None]) -> None:
     def their_muon(model: nn.Module) -> list[Any]:
         matrices, rest = hidden(model)
         groups: list[dict[str, Any]] = [
-            {"params": matrices, "use_muon": True},
-            {"params": rest, "use_muon": False},
+            {"params": matrices, "use_muon": True, "weight_decay": 0.1},  # as ours and torch's
+            {"params": rest, "use_muon": False, "weight_decay": 0.1},
         ]
         return [Muon(groups, lr=lr)]
 
@@ -449,3 +477,5 @@ for name in options.problems:
 if options.record:
     columns = ["problem", "method", "ms", "× forward + backward", "floor", "goal"]
     record("steps", f"A step, {what}; floor: counted products", columns, ROWS, heads=2)
+    columns = ["problem", "theirs", "ours", "theirs / ours"]
+    record("peers", f"Steps in turns, {what}", columns, PAIRS_IN_TURNS, heads=3)

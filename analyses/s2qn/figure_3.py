@@ -1,13 +1,14 @@
 """S2QN Figure 3: SKQN-L, SKQN-B1, SKQN-B2, KFAC, Adam and SGD with ConvNet on CIFAR-10.
 
-Its appendix, with the network and the hyper-parameters, is not available: SKQN's are ours, the
-others' of thesis Table 3.7 without weight decay (Adam and SGD of VGG16, KFAC of ResNet32),
-minibatches of 128 as there.
+Its appendix, with the network and the hyper-parameters, is not available. SKQN's are KFAC's in
+everything, as S2QN has it of S4QN and SSN (6.1); KFAC's and the others' are of thesis Table 3.7
+without weight decay (Adam and SGD of VGG16, KFAC of ResNet32), minibatches of 128 as there.
 """
 
 from curvlab.reproduction import Claim, Comparison, Extent, Method, main
 
 SKQN = ["SKQN-L", "SKQN-B1", "SKQN-B2"]
+VALUES, OFTEN = (0.01, 0.1), {"update_every": 10, "refresh_every": 100}  # KFAC's
 
 FIGURE = Comparison(
     shows="S2QN Figure 3: SKQN-L, SKQN-B1, SKQN-B2, KFAC, Adam and SGD with ConvNet on CIFAR-10",
@@ -18,10 +19,10 @@ FIGURE = Comparison(
     problems=["ConvNet, CIFAR-10"],
     batch=128,
     methods={  # (learning rate, damping)
-        "SKQN-L": Method("skqn-l", (0.3, 3.0)),  # at (0.3, 0.3) L and B2 diverge
-        "SKQN-B1": Method("skqn-b1", (0.3, 0.3)),
-        "SKQN-B2": Method("skqn-b2", (0.3, 3.0)),
-        "KFAC": Method("kfac", (0.01, 0.1), {"update_every": 10, "refresh_every": 100}),
+        "SKQN-L": Method("skqn-l", VALUES, OFTEN),
+        "SKQN-B1": Method("skqn-b1", VALUES, OFTEN),
+        "SKQN-B2": Method("skqn-b2", VALUES, OFTEN),
+        "KFAC": Method("kfac", VALUES, OFTEN),
         "Adam": Method("adam", (0.003, 0.1)),
         "SGD": Method("sgd-m", (0.003, 0)),
     },

@@ -16,9 +16,7 @@ def methods(rate: float, second: int) -> dict[str, Method]:
     return {
         "SMW-GN": Method("smw-gn", (rate, START), {"curvature_size": second}),
         "SMW-NG": Method("smw-ng", (rate, START), {"curvature_size": second}),
-        "SMW-NG-BD": Method(
-            "smw-ng-bd", (rate, START), {"labels": "data", "curvature_size": second}
-        ),  # (5.3)
+        "SMW-NG-BD": Method("smw-ng-bd-ef", (rate, START), {"curvature_size": second}),
         "KFAC": Method("kfac", (rate, 1), {"momentum": 0.0, "refresh_every": 1}),
         "HF": Method("hf", (rate, START), {"curvature_size": second}),
         "SGD": Method("sgd-m", (rate, 0), {"momentum": 0.0}),

@@ -20,7 +20,7 @@ import typer
 
 import curvlab
 from curvlab import starting
-from curvlab.cli import compare, lists, logs, reproduce, spectrum, train
+from curvlab.cli import compare, lists, logs, reproduce, spectrum, sweep, train
 from curvlab.cli.ranks import check_command
 from curvlab.cli.terminal import err, out, say, say_interrupted
 from curvlab.errors import CurvlabError, CurvlabWarning
@@ -73,6 +73,10 @@ for _command in (
     logs.doctor,
 ):
     app.command(help=_help(_command))(_command)
+app.command(
+    help=_help(sweep.sweep),
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(sweep.sweep)
 app.command(name="list", help=_help(lists.list_))(lists.list_)
 
 _HEAVY = {
@@ -80,6 +84,7 @@ _HEAVY = {
     "train": "curvlab.training.run",
     "spectrum": "curvlab.spectrum_run",
     "reproduce": "curvlab.reproduction",
+    "sweep": "curvlab.cli.sweeping",
     "plot": "curvlab.show.figures",
     "report": "curvlab.show.page",
     "doctor": "curvlab.doctor",
@@ -96,7 +101,7 @@ def _load(words: list[str]) -> None:
         importlib.import_module(_HEAVY[chosen])
 
 
-RUNS = ("train", "compare", "spectrum", "reproduce")
+RUNS = ("train", "compare", "spectrum", "reproduce", "sweep")
 """Commands whose result are files; of the others it is what they print."""
 
 
@@ -222,6 +227,16 @@ def _run(words: list[str]) -> int | None:
             say(" ".join(parsing().split()))
         return 2
     return None
+
+
+def run_here(words: list[str]) -> int:
+    """Run a command in this process and thread, whatever it is; return the exit code.
+
+    It prints what the command prints and handles no signals.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = _Warn()
+        return _run(words) or 0
 
 
 def _failed(error: BaseException, line: str, code: int, words: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from curvlab.errors import CurvlabError, shown
@@ -35,3 +36,22 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def training_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what options of `curvlab train` say that are words on the command line.
+
+    Args:
+        given: {option: value}, all of them.
+
+    Raises:
+        CurvlabError: a word that is no NAME=VALUE, an unknown probe.
+    """
+    from curvlab.probes import asked
+
+    return {
+        "own": assigned(given["own"], "--set"),
+        "schedule_options": assigned(given["schedule_own"], "--schedule-set"),
+        "warm": given["warm_start"],
+        "probes": asked(given["probe"] or [], "train"),
+    }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -61,7 +62,7 @@ def compare(
         float | None,
         Option(
             help="Overall damping λ, given to every method by one rule (see docs); 1e-3, but 1e-2"
-            " of gpt-tiny.",
+            " of gpt-tiny, 0.1 of gpt-small.",
             rich_help_panel="Methods",
         ),
     ] = None,
@@ -89,13 +90,14 @@ def compare(
     refresh_every: Annotated[
         int | None,
         Option(
-            help="T₂, steps between inversions; 1, but 2 of gpt-tiny.", rich_help_panel="Methods"
+            help="T₂, steps between inversions; 1, but 2 of gpt-tiny and gpt-small.",
+            rich_help_panel="Methods",
         ),
     ] = None,
     steps: Annotated[
         int | None,
         Option(
-            help="Steps; 300 unless --epochs says otherwise; 20 of gpt-tiny.",
+            help="Steps; 300 unless --epochs says otherwise; 20 of gpt-tiny, gpt-small.",
             rich_help_panel="Length",
         ),
     ] = None,
@@ -105,12 +107,15 @@ def compare(
     ] = None,
     batch_size: Annotated[
         int | None,
-        Option(help="Examples in a minibatch; 1000, but 32 of gpt-tiny.", rich_help_panel="Length"),
+        Option(
+            help="Examples in a minibatch; 1000, but 32 of gpt-tiny, 12 of gpt-small.",
+            rich_help_panel="Length",
+        ),
     ] = None,
     warm_batches: Annotated[
         int | None,
         Option(
-            help="Minibatches of the warm start at most; one pass, but 20 of gpt-tiny.",
+            help="Minibatches of the warm start at most; one pass, but 20 of gpt-tiny, gpt-small.",
             rich_help_panel="Length",
         ),
     ] = None,
@@ -220,3 +225,20 @@ def compare(
         finish(run.dataset, folder, "cosine")
     if run.diverged:
         raise typer.Exit(DIVERGED)
+
+
+def checked_comparison(given: Mapping[str, Any]) -> None:
+    """Check the options of a comparison, its names and ranges; nothing is loaded or built.
+
+    Args:
+        given: {option: value}, all of them, as the command line is read.
+
+    Raises:
+        CurvlabError: an unknown name or a value out of range.
+    """
+    from curvlab.comparison_settings import CompareSettings
+
+    chosen = {k: v for k, v in given.items() if k in CompareSettings.__dataclass_fields__}
+    chosen = {k: v for k, v in chosen.items() if v is not None or k in ("lr", "decay")}
+    words = {"algorithms": listed(given["algorithms"]), "probes": tuple(given["probe"] or ())}
+    CompareSettings(**(chosen | words)).check()

@@ -32,6 +32,7 @@ _SOURCES = (
     "probes/*.py",
     "training/schedules.py",
     "show/figures.py",
+    "sweeps/documents.py",
     "reproduction/*.py",
     "cli/lists.py",
     "analyses/thesis/*.py",
@@ -119,6 +120,15 @@ def _figures() -> _Rows:
     return [(name, f.summary) for name, f in FIGURES.items()]
 
 
+def _grids() -> _Rows:
+    from curvlab.sweeps.documents import DOCUMENT_GRIDS
+
+    return [
+        (name, grid.summary, ", ".join(grid.axes), grid.best, grid.source)
+        for name, grid in DOCUMENT_GRIDS.items()
+    ]
+
+
 LISTS: dict[str, tuple[tuple[str | Callable[[], str], ...], Callable[[], _Rows]]] = {
     "algorithms": (("name", "what it is", "labels", "lr", "damping", "source"), _algorithms),
     "options": (("algorithm", "option", "default"), _options),
@@ -128,6 +138,7 @@ LISTS: dict[str, tuple[tuple[str | Callable[[], str], ...], Callable[[], _Rows]]
     "schedules": (("name", "what it is", "options", "source"), _schedules),
     "reproductions": (("name", "what it shows", "cpu", "paper"), _reproductions),
     "figures": (("name", "what it is"), _figures),
+    "grids": (("name", "what it is of", "algorithms", "least", "source"), _grids),
 }
 """{what: (columns, rows)}"""
 
@@ -162,8 +173,8 @@ def list_(
         str,
         typer.Argument(
             help=(
-                "algorithms, options (of --set), models, datasets, probes, schedules, figures or"
-                " reproductions."
+                "algorithms, options (of --set), models, datasets, probes, schedules, figures,"
+                " grids (of sweeps) or reproductions."
             )
         ),
     ],

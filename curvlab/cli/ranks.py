@@ -1,4 +1,4 @@
-"""Commands by several processes: `torchrun --nproc-per-node K -m curvlab train …`."""
+"""Commands that several processes run together, as torchrun starts them."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,19 @@ DIVERGED = 1
 
 out = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+_BARE: ContextVar[bool] = ContextVar("bare", default=False)
+
+
+@contextmanager
+def bare() -> Iterator[None]:
+    """Let a run inside end with its log alone: no figure, no table."""
+    token = _BARE.set(True)
+    try:
+        yield
+    finally:
+        _BARE.reset(token)
 
 
 @contextmanager
@@ -92,7 +106,8 @@ def show(table: Table, title: str = "") -> None:
 def finish(ds: Any, folder: Path, figure: str, title: str = "") -> None:
     """Draw and print what every run ends with.
 
-    It is figure files, tables, and the names of what was written.
+    It is figure files, tables, and the names of what was written; nothing of a point of a sweep
+    (`bare`).
 
     Args:
         ds: the log.
@@ -100,6 +115,8 @@ def finish(ds: Any, folder: Path, figure: str, title: str = "") -> None:
         figure: its name.
         title: of the first table.
     """
+    if _BARE.get():
+        return
     from curvlab.show import figures, tables
 
     written = [folder / "run.h5"]

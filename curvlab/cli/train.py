@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from curvlab.cli.assignments import assigned
+from curvlab.cli.assignments import training_values
 from curvlab.cli.going_on import free_for_training, gone_on, say_anew
 from curvlab.cli.options import (
     OUTPUT,
@@ -288,7 +288,6 @@ def train(
     given = {k: v for k, v in locals().items() if k != "context"}
     from curvlab import models
     from curvlab.machine import device_of
-    from curvlab.probes import asked
     from curvlab.system.memory import keep_freed_memory
     from curvlab.training import checkpoint
     from curvlab.training.begun import stepless
@@ -301,14 +300,9 @@ def train(
         for name in given
         if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"
     }
-    given |= {
-        "own": assigned(own, "--set"),
-        "schedule_options": assigned(schedule_own, "--schedule-set"),
-        "warm": warm_start,
-    }
     if model is not None:
         models.imported(model)  # a module of the user's may enter probes
-    given["probes"] = asked(probe or [], "train")
+    given |= training_values(given)
     renamed = (("warm_start", "warm"), ("schedule_own", "schedule_options"), ("probe", "probes"))
     said |= {new for old, new in renamed if old in said}
     ranks = context.with_resource(by_ranks(call, given["device"]))
@@ -363,6 +357,21 @@ def train(
     if run.stopped:
         err.print(for_rich(f"curvlab: {run.stopped} ({folder / checkpoint.FILE})"))
         raise typer.Exit(DIVERGED)
+
+
+def checked_training(given: Mapping[str, Any]) -> None:
+    """Check the options of a run, its names and ranges; nothing is loaded or built.
+
+    Args:
+        given: {option: value}, all of them, as the command line is read.
+
+    Raises:
+        CurvlabError: an unknown name or a value out of range.
+    """
+    length = {} if any(given[name] for name in ("epochs", "steps", "seconds")) else {"epochs": 20}
+    named = _named({**given, **length, **training_values(given)})
+    named.settings.check()
+    named.budget.check()
 
 
 def _held(context: typer.Context, folder: Path) -> None:

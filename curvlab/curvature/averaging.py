@@ -29,7 +29,7 @@ class Averaging:
         kind: see `Average`.
         warm: whether the document has a warm start (a running mean over one pass through the data).
         skips_first: whether, after a warm start, the first minibatch is left out of the statistics,
-            which have seen it (practice: KFAC, TNT, Shampoo).
+            which have seen it (practice: TNT, Shampoo).
 
     Raises:
         CurvlabError: a decay out of its range.

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 from curvlab.curvature.told import FactorBounds as FactorBounds
 from curvlab.curvature.told import LearntPair as LearntPair
 from curvlab.curvature.told import PairName as PairName
 from curvlab.errors import CurvlabError, real
-from curvlab.linalg.operators import Diagonal, Kronecker, Operator, identity_like
+from curvlab.linalg.operators import Kronecker, Operator
 from curvlab.linalg.pairs import Matrix
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.statistics import LayerStatistics, Reads
@@ -153,6 +152,8 @@ class BlockDefaults:
     left_out: int | Tensor | None = None
     """Pairs left out so far since they were not finite; None: the block learns from none."""
     reads: Reads = "gradient"
+    refine: Callable[[float], None] | None = None
+    """Makes `inverse` anew at a step's λ where none is refreshed; None: the inverse stands."""
 
     @property
     def held(self) -> Operator | None:
@@ -177,6 +178,17 @@ class BlockDefaults:
             momentum: m, of the block's shape.
             damping: λ of the last refresh.
         """
+
+    @staticmethod
+    def together(blocks: Sequence[Any]) -> None:
+        """Do for all blocks of this class together, after `heed`, what is cheaper so."""
+
+    def direction_of(self, momentum: Tensor) -> Tensor | None:
+        """Return H(m) m of the momentum heeded last, which `momentum` is, without the operator.
+
+        None: it is another tensor, or the method's way to it is `inverse`.
+        """
+        return None
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
         """Return {name: second moment} that `update` would fold in, to be looked at before."""
@@ -358,40 +370,3 @@ def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
     What is not finite would stay: `check_moments`.
     """
     return new.clone() if old is None else old.lerp(new, weight)
-
-
-class IdentityBlock(BlockDefaults):
-    """Identity in place of an inverse, which leaves the gradient itself: SGD.
-
-    Also where there is no structure (thesis 4.7.2: BatchNorm in KFAC).
-
-    Args:
-        over_damping: the gradient over λ: the rate α/λ (thesis 3.4.3: BatchNorm in K-BFGS).
-    """
-
-    reads: Reads = "gradient"
-    memory: ClassVar[tuple[str, ...]] = ()
-    secant: Secant | None = None
-    inverse: Operator
-
-    def __init__(self, over_damping: bool = False) -> None:
-        self.over_damping = over_damping
-
-    def update(self, statistics: LayerStatistics, weight: float) -> None:
-        """Make `inverse` the identity at the first statistics; nothing is folded in."""
-        if not hasattr(self, "inverse"):
-            self.inverse = identity_like(statistics.like.new_empty(statistics.block.shape))
-
-    def refresh(self, damping: float) -> None:
-        """Set `inverse` to I/λ with `over_damping`; CurvlabError where λ is not above 0."""
-        if self.over_damping:
-            if not damping > 0:
-                raise CurvlabError(
-                    "the rate of the gradient is that of the method over its damping, not over"
-                    f" {damping:g}"
-                )
-            self.inverse = Diagonal(torch.full_like(self.inverse.diag(), 1 / damping))
-
-    def matrix(self, damping: float = 0.0) -> Operator | None:
-        """Return None: no matrix is estimated."""
-        return None

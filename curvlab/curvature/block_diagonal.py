@@ -17,21 +17,26 @@ from curvlab.curvature.base import (
     NO_DATA,
     CurvatureBlock,
     CurvatureDefaults,
-    IdentityBlock,
     block_with_defaults,
     check_algorithm,
     check_damping,
 )
 from curvlab.curvature.block_states import checked, cloned, may_have, put_back, states_of
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
+from curvlab.curvature.identity import IdentityBlock
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_by_block
-from curvlab.curvature.moments import check_moments, check_squared, with_terms
+from curvlab.curvature.moments import check_folds, with_terms
 from curvlab.curvature.owners import HEEDS, REFRESHES, SETTLES, Works, share_out
-from curvlab.curvature.preconditioning import preconditioned
+from curvlab.curvature.preconditioning import (
+    do_together,
+    preconditioned,
+    refine,
+    straight_directions,
+)
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.derivatives import precise
-from curvlab.divergence import Naming, named
-from curvlab.errors import CurvlabError, Diverged, unknown, warn
+from curvlab.divergence import Naming
+from curvlab.errors import CurvlabError, unknown, warn
 from curvlab.layers import Block
 from curvlab.likelihoods.base import factor_over
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
@@ -105,14 +110,21 @@ class BlockDiagonal(CurvatureDefaults):
         self.steps = self.updates = 0
         self.warmed = self.ready = False
         self._stale = False  # whether statistics are newer than the inverse
-        # (x, y) of the warm start, where they are averaged over "data"
-        self.shown: list[list[Tensor]] = []
+        self.shown: list[list[Tensor]] = []  # (x, y) of the warm start, averaged over "data"
 
     @property
     def needs(self) -> frozenset[Pass]:
-        """Passes that the next `update` will read."""
+        """Passes that the next `update` will read; that of the data has the gradient."""
         reads = self._folds(self.steps + 1) and not self.shown
-        return frozenset({self._pass}) if reads else frozenset()
+        needed: set[Pass] = {self._pass} if reads else set()
+        if self._reads_norm and self.labels != "data":
+            needed.add("gradient")
+        return frozenset(needed)
+
+    @property
+    def _reads_norm(self) -> bool:
+        """Whether λ is of the gradient's norm."""
+        return self.norm_rule is not None and self.norm_rule.r1 is not None
 
     @property
     def _pass(self) -> Pass:
@@ -134,18 +146,18 @@ class BlockDiagonal(CurvatureDefaults):
     @property
     def inverse(self) -> dict[str, Operator]:
         """Operators that `precondition` applies, by block."""
+        return self._inverses()
+
+    def _inverses(self, of: Sequence[str] | None = None) -> dict[str, Operator]:
         if not self.ready:
             raise CurvlabError(NO_DATA)
-        return {name: self._idle.get(name) or block.inverse for name, block in self.blocks.items()}
+        named = self.blocks if of is None else of
+        return {name: self._idle.get(name) or self.blocks[name].inverse for name in named}
 
     def _folds(self, step: int) -> bool:
         if step == 1 and self.averaging.skips_first:
             return not self.warmed
         return step % self.cadence.update_every == 0 or not self.updates
-
-    def _refreshes(self, step: int) -> bool:
-        changed = self._stale or self._lambda != self.refreshed
-        return self.cadence.refreshes(step, changed) or not self.ready
 
     def _fold(self, observation: Observation, weight: float) -> None:
         passes = observation.passes
@@ -156,7 +168,7 @@ class BlockDiagonal(CurvatureDefaults):
         self._follow(statistics)
         if observation.pull and self.labels == "data":
             statistics = with_terms(statistics, self.blocks, observation.pull)
-        self._check(statistics)
+        check_folds(statistics, self.blocks, self._partition, self.labels)
         for name, block in self.blocks.items():
             found = statistics.get(name)
             if found is None or not getattr(
@@ -172,26 +184,6 @@ class BlockDiagonal(CurvatureDefaults):
                 self._idle.pop(name, None)
         self.updates += 1
         self._stale = True
-
-    def _check(self, statistics: Mapping[str, Any]) -> None:
-        """Raise Diverged, before anything is folded, where something to fold is not finite.
-
-        A second moment, or a gradient at other labels than the data's.
-        """
-        having = {
-            n: b
-            for n, b in self.blocks.items()
-            if b.memory and getattr(statistics.get(n), "used", False)
-        }
-        moments = {n: block_with_defaults(b).moments(statistics[n]) for n, b in having.items()}
-        squared = [n for n, b in having.items() if b.reads == "gradient" and self.labels != "data"]
-        try:
-            check_moments(
-                (name, what, m) for name, each in moments.items() for what, m in each.items()
-            )
-            check_squared({name: statistics[name].gradient for name in squared})
-        except Diverged as error:
-            raise named(error, str(self._partition[error.block])) from error
 
     def _follow(self, statistics: Mapping[str, Any]) -> None:
         """Let blocks whose statistics lack what their method reads follow the gradient.
@@ -239,12 +231,15 @@ class BlockDiagonal(CurvatureDefaults):
             self._fold_data(observation.closure.objective)
         elif self._folds(step):
             self._fold(observation, self.averaging.weight(self.updates + 1))
-        if self._refreshes(step):
+        changed = self._stale or self._lambda != self.refreshed
+        if self.cadence.refreshes(step, changed) or not self.ready:
             self.refresh()
+        elif refine(self._live, self._partition, lambda: self._lambda + self._shift):
+            self.refreshed = self._lambda
         self._settle()
-        if self.norm_rule is not None:
+        if self._reads_norm:
             self.gradient_norm = total_norm(observation.gradients)
-            self.damping *= self.norm_rule.shrink
+        self.damping *= 1.0 if self.norm_rule is None else self.norm_rule.shrink
         self.steps = step
 
     @property
@@ -261,8 +256,11 @@ class BlockDiagonal(CurvatureDefaults):
         self._share_out(SETTLES, lambda block: block_with_defaults(block).settle(self._damped))
 
     def _share_out(self, table: Works, work: Callable[[CurvatureBlock], None]) -> None:
-        live = {name: block for name, block in self.blocks.items() if name not in self._idle}
-        share_out(self._ranks, table, live, self._partition, work)
+        share_out(self._ranks, table, self._live, self._partition, work)
+
+    @property
+    def _live(self) -> dict[str, CurvatureBlock]:
+        return {n: b for n, b in self.blocks.items() if n not in self._idle}
 
     @precise()
     def heed(self, momentum: Mapping[str, Tensor]) -> None:
@@ -272,6 +270,8 @@ class BlockDiagonal(CurvatureDefaults):
                 block_with_defaults(self.blocks[name]).heed(m, self._damped)
         if self._ranks.several:
             self._share_out(HEEDS, lambda block: None)
+        else:
+            do_together(self.blocks[name] for name in momentum if name not in self._idle)
 
     rejects = False
 
@@ -293,12 +293,11 @@ class BlockDiagonal(CurvatureDefaults):
     def wants_step(self) -> bool:
         """Whether it will learn from the step that follows this direction.
 
-        Alg. 9, line 12: k ≡ 0 mod T.
+        Alg. 9, line 12: k ≡ 0 mod T. What is refined at every step learns from every step.
         """
-        learns = self.steps % self.cadence.update_every == 0 and any(
-            b.secant for b in self.blocks.values()
-        )
-        return learns or self.levenberg is not None
+        learns = [block_with_defaults(b) for b in self.blocks.values() if b.secant]
+        every = self.steps % self.cadence.update_every == 0
+        return any(every or b.refine is not None for b in learns) or self.levenberg is not None
 
     @precise()
     def learn(self, transition: Transition) -> bool:
@@ -318,13 +317,11 @@ class BlockDiagonal(CurvatureDefaults):
                     move = partial(transition.step_of, name)  # no work before it is called
                     block.secant(before.passes["data"][name], after.passes["data"][name], move)
         if self.levenberg is not None:
-            self.damping = self.levenberg.adapted(self.damping, self._ratio(transition))
+            matrices = {n: None if n in self._idle else b.matrix() for n, b in self.blocks.items()}
+            inverse, shift = self.inverse, self._shift
+            rho = ratio_by_block(transition, self._partition, inverse, matrices, shift)
+            self.damping = self.levenberg.adapted(self.damping, rho)
         return True
-
-    def _ratio(self, transition: Transition) -> float:
-        """Return ρ, see `ratio_by_block`."""
-        matrices = {n: None if n in self._idle else b.matrix() for n, b in self.blocks.items()}
-        return ratio_by_block(transition, self._partition, self.inverse, matrices, self._shift)
 
     @precise()
     def absorb(self, observation: Observation) -> None:
@@ -363,7 +360,9 @@ class BlockDiagonal(CurvatureDefaults):
         Returns:
             The same keys and shapes.
         """
-        return preconditioned(self.inverse, self._partition, grads)
+        straight = straight_directions(self._live if self.ready else {}, self._partition, grads)
+        rest = [name for name in grads if name not in straight] if straight else None
+        return preconditioned(self._inverses(rest), self._partition, grads, straight)
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters, statistics and the inverse as it stands.

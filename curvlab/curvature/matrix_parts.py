@@ -9,8 +9,8 @@ Legend: O outputs, I inputs without the bias column (filters flattened), D entri
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
@@ -48,6 +48,17 @@ class MatrixPart(Protocol):
         """Return B as of `CurvatureBlock.matrix`, or None."""
 
 
+class Straight(Protocol):
+    """A part that makes the direction of the momentum heeded last without its operator."""
+
+    def write(self, out: Float[Tensor, "O I"]) -> None:
+        """Write the direction into `out`, [O, I], which may be columns of a larger tensor."""
+
+    @staticmethod
+    def together(parts: Sequence[Any]) -> None:
+        """Do for several together what is cheaper so; `write` is called after it."""
+
+
 def is_vector(block: Block) -> bool:
     """Return whether a block has no matrix: norms and other vectors, one number an output."""
     if block.layer is None:
@@ -69,6 +80,7 @@ class WithDiagonal(BlockDefaults):
             Python's logging.
         beside: the method's damping → ε of the diagonal.
         estimating: whether the method estimates a matrix.
+        straight: the part itself, of a method that makes directions without its operator.
     """
 
     reads: Reads = "gradient"
@@ -82,9 +94,11 @@ class WithDiagonal(BlockDefaults):
         part: MatrixPart | None,
         beside: Callable[[float], float] = lambda damping: damping,
         estimating: bool = True,
+        straight: Straight | None = None,
     ) -> None:
         self.block, self.part, self._beside = block, part, beside
-        self._estimating = estimating
+        self._estimating, self._straight = estimating, straight
+        self._heeded: Tensor | None = None  # the momentum, where there is a straight way
         self.rest: Tensor | None = None  # v of what is no matrix
         self._of_rest: Operator | None = None  # diag(1 / (√v + ε))
         if part is None:
@@ -127,6 +141,31 @@ class WithDiagonal(BlockDefaults):
         matrix = self._apart(momentum)[0]
         if self.part is not None and matrix is not None:
             self.part.heed(matrix, damping)
+        if self._straight is not None:
+            self._heeded = momentum
+
+    def direction_of(self, momentum: Tensor) -> Tensor | None:
+        """Return the direction of the momentum heeded last, the weight's by its straight way."""
+        if self._straight is None or momentum is not self._heeded:
+            return None
+        out = momentum.new_empty(momentum.shape)
+        weight, rest = self._apart(out)
+        assert weight is not None
+        self._straight.write(weight)
+        if rest is not None:
+            assert self._of_rest is not None
+            rest.copy_(self._of_rest @ momentum[:, -1])
+        return out
+
+    @staticmethod
+    def together(blocks: Sequence[Any]) -> None:
+        """Let straight parts of one class do their work together."""
+        by_class: dict[type[Straight], list[Straight]] = {}
+        for block in blocks:
+            if block._straight is not None:
+                by_class.setdefault(type(block._straight), []).append(block._straight)
+        for kind, parts in by_class.items():
+            kind.together(parts)
 
     @property
     def inverse(self) -> Operator:

@@ -9,8 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from curvlab.curvature.base import CurvatureBlock, block_with_defaults
+from curvlab.divergence import named
 from curvlab.errors import Diverged
 from curvlab.finite import all_finite, all_short, waits
+from curvlab.layers import Block
+from curvlab.observation import Pass
 
 
 def check_moments(moments: Iterable[tuple[str, str, Tensor]]) -> None:
@@ -50,6 +53,28 @@ def check_squared(gradients: Mapping[str, Tensor]) -> None:
             )
             error.block = block
             raise error
+
+
+def check_folds(
+    statistics: Mapping[str, Any],
+    blocks: Mapping[str, CurvatureBlock],
+    partition: Mapping[str, Block],
+    labels: Pass,
+) -> None:
+    """Raise Diverged, before anything is folded, where something to fold is not finite.
+
+    A second moment, or a gradient at other labels than the data's.
+    """
+    having = {
+        n: b for n, b in blocks.items() if b.memory and getattr(statistics.get(n), "used", False)
+    }
+    moments = {n: block_with_defaults(b).moments(statistics[n]) for n, b in having.items()}
+    squared = [n for n, b in having.items() if b.reads == "gradient" and labels != "data"]
+    try:
+        check_moments((name, what, m) for name, each in moments.items() for what, m in each.items())
+        check_squared({name: statistics[name].gradient for name in squared})
+    except Diverged as error:
+        raise named(error, str(partition[error.block])) from error
 
 
 def with_terms(

@@ -9,7 +9,7 @@ Legend: O outputs, I inputs without the bias column (filters flattened), K the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from curvlab.curvature.base import blend
 from curvlab.curvature.matrix_parts import (
-    MatrixPart,
     WithDiagonal,
     is_embedding,
     is_vector,
@@ -39,6 +38,8 @@ from curvlab.linalg.roots import inverse_root_eigh
 
 RMS = 0.2
 """Root mean square of an entry of AdamW's direction, which scaled directions are given."""
+
+_TOGETHER = 1 << 19  # numbers of the weights of one shape whose polar factors are made together
 
 SCALES: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda o, i: RMS * math.sqrt(max(o, i)),
@@ -96,8 +97,11 @@ def muon(
     words = [word.strip() for word in apart.split(",") if word.strip()]
     named = any(word in name for word in words for name in block.params)
     hidden = not (named or is_vector(block) or is_embedding(block))
-    part: MatrixPart | None = Muon(way, factor, polar == "bfloat16") if hidden else None
-    return WithDiagonal(block, part, estimating=False)
+    if not hidden:
+        return WithDiagonal(block, None, estimating=False)
+    part = Muon(way, factor, polar == "bfloat16")
+    straight = part if polar == "bfloat16" else None
+    return WithDiagonal(block, part, estimating=False, straight=straight)
 
 
 def on_smaller_side(shape: tuple[int, int], factor: Float[Tensor, "K K"]) -> Kronecker:
@@ -222,10 +226,11 @@ class Muon:
         self._polar, self._scale, self._bfloat16 = polar, scale, bfloat16
         self.U: Tensor | None = None
         self._made: Operator | None = None  # of U, when it was asked for
+        self._rounded: Tensor | None = None  # likewise p(U), of bfloat16
 
     def update(self, gradient: Float[Tensor, "O I"], weight: float) -> None:
         """Take the gradient in the place of a momentum, until one is heeded."""
-        self.U, self._made = gradient, None
+        self.U, self._made, self._rounded = gradient, None, None
 
     def refresh(self, damping: float) -> None:
         """Do nothing: there are no statistics to invert."""
@@ -235,7 +240,31 @@ class Muon:
 
     def heed(self, momentum: Float[Tensor, "O I"], damping: float | None) -> None:
         """Take the momentum whose polar factor is to be the direction."""
-        self.U, self._made = momentum, None
+        self.U, self._made, self._rounded = momentum, None, None
+
+    def write(self, out: Float[Tensor, "O I"]) -> None:
+        """Write s p(U), of bfloat16, into `out`."""
+        if self._rounded is None and isinstance(self._made, RememberedPolar):  # another rank's
+            out.copy_(self._made.direction)
+            return
+        assert self.U is not None
+        if self._rounded is None:
+            self._rounded = newton_schulz_bfloat16([self.U])[0]
+        out.copy_(self._rounded).mul_(self._scale(self.U.shape[0], self.U.shape[1]))
+
+    @staticmethod
+    def together(parts: Sequence[Muon]) -> None:
+        """Iterate weights of one shape, or of that turned, together: as many as fit a cache."""
+        by_shape: dict[tuple[int, ...], list[Muon]] = {}
+        for part in parts:
+            if part.U is not None:
+                by_shape.setdefault(tuple(sorted(part.U.shape)), []).append(part)
+        for shape, all_of in by_shape.items():
+            some = max(1, _TOGETHER // math.prod(shape))
+            for group in (all_of[i : i + some] for i in range(0, len(all_of), some)):
+                found = newton_schulz_bfloat16([part.U for part in group if part.U is not None])
+                for part, rounded in zip(group, found, strict=True):
+                    part._rounded = rounded
 
     @property
     def inverse(self) -> Operator:
@@ -245,11 +274,11 @@ class Muon:
                 raise AttributeError("inverse")
             outputs, inputs = self.U.shape
             scale = self._scale(outputs, inputs)
-            self._made = (
-                RememberedPolar(self.U, newton_schulz_bfloat16(self.U) * scale, scale)
-                if self._bfloat16
-                else on_smaller_side((outputs, inputs), self._polar(self.U) * scale)
-            )
+            if self._bfloat16:
+                self.write(direction := torch.empty_like(self.U))
+                self._made = RememberedPolar(self.U, direction, scale)
+            else:
+                self._made = on_smaller_side((outputs, inputs), self._polar(self.U) * scale)
         return self._made
 
     @inverse.setter
@@ -260,7 +289,7 @@ class Muon:
     @inverse.deleter
     def inverse(self) -> None:
         """Forget it, as before the first data."""
-        self.U = self._made = None
+        self.U = self._made = self._rounded = None
 
     def matrix(self, damping: float) -> None:
         """Return None: no matrix is estimated."""

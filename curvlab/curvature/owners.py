@@ -206,10 +206,13 @@ def _by_owners(
     }
     every = ranks.told((_line(failed), {name: _form(tree) for name, tree in made.items()}))
     _raise_told(every, failed)
+    device = _device(blocks.values())
     for rank, (_, forms) in enumerate(every):
         tensors: list[Tensor] = []
         trees = {
-            name: _rebuilt(form, tensors, iter(_tensors(made[name])) if name in made else None)
+            name: _rebuilt(
+                form, tensors, iter(_tensors(made[name])) if name in made else None, device
+            )
             for name, form in forms.items()
             if own[name] == rank
         }
@@ -283,7 +286,13 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [t for value in values for t in _tensors(value)]
 
 
-def _rebuilt(form: Any, into: list[Tensor], own: Any) -> Any:
+def _device(blocks: Iterable[CurvatureBlock]) -> torch.device:
+    """Return where the statistics of blocks lie."""
+    found = [t.device for b in blocks for key in b.memory for t in _tensors(getattr(b, key))]
+    return next((d for d in found if d.type != "cpu"), torch.device("cpu"))
+
+
+def _rebuilt(form: Any, into: list[Tensor], own: Any, device: torch.device) -> Any:
     """Return a tree with tensors in its places, all of which are added to `into`.
 
     They are of one layout on all ranks, so that products with them round alike.
@@ -292,14 +301,16 @@ def _rebuilt(form: Any, into: list[Tensor], own: Any) -> Any:
         form: of `_form`.
         into: gets the tensors in order.
         own: the owner's tensors in the same order; None on other ranks.
+        device: of this rank, for what is not on the host.
     """
     if isinstance(form, _Place):
-        device = torch.device("cpu") if form.on_host else torch.device("cuda")
-        t = torch.empty(form.shape, dtype=form.dtype, device=device)
+        t = torch.empty(form.shape, dtype=form.dtype, device="cpu" if form.on_host else device)
         if own is not None:
             t.copy_(next(own))
         into.append(t)
         return t
     if isinstance(form, dict):
-        return {key: _rebuilt(value, into, own) for key, value in form.items()}
-    return [_rebuilt(value, into, own) for value in form] if isinstance(form, list) else form
+        return {key: _rebuilt(value, into, own, device) for key, value in form.items()}
+    return (
+        [_rebuilt(value, into, own, device) for value in form] if isinstance(form, list) else form
+    )

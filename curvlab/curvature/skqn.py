@@ -1,41 +1,37 @@
-"""SKQN: KFAC of the data's labels as the base matrix, refined by what steps teach.
+"""SKQN: KFAC as the base matrix, refined by what steps teach.
 
 Document: S2QN (Yang et al.), Alg. 1, 3.4 and 4.
 
-The base is that of the minibatch at hand, (17), (18): G̃ ⊗ Â, row-major. A step on minibatch k − 1
-becomes a pair once the base of minibatch k is there, (10), (19), (20). The direction is −(B_k + λ_k
-I)⁻¹ g_k, (7), λ_k by (8).
+At step k: the base G̃ ⊗ Â of (17), (18), row-major; the step on minibatch k − 1 becomes a pair
+against it, (10), (19), (20), and Λ_k is updated; the direction is −(B_k + λ_k I)⁻¹ m_k, (7). The
+base is kept for T₂ steps; Λ_k and λ_k are made at every step, against the base that is kept, so
+that (10) holds of the matrix that makes the direction, whatever T₂.
+
+Labels, averages, momentum, rates are of a reading: `algorithm_readings.skqn`; (19) and (20) are in
+`secant_conditions`.
 
 (17) prints G Gᵀ summed over places like A Aᵀ, which makes the product T times what (16), (20) and
 KFAC have, where G is of one place: here G is the mean over places, A the sum.
 
-Of the three P, the symmetric one alone makes (19) and (20) hold before sketching and keeps Λ̃
-definite; its τ serves the worst of all columns, so that of 16 noisy ones little is learnt at once
-(measured: τ near 0.03, with one column 0.8). The trace learns faster (mlp-256-20: τ 0.9, the lowest
-loss) but leaves Λ̃ singular, and on the autoencoder the loss rose; the diagonal diverged.
-
-The document's appendix is not available; what it leaves open is chosen here, once for all problems:
+The document's appendix is not available; what it leaves open of Λ is chosen here:
 
 - p = 3 pairs of L-BFGS (3.2: "1 ∼ 5"); pairs with uᵀv < 1e-8 ‖u‖ ‖v‖ are skipped (3.2), after
   the damping of its [39];
-- k = 16 columns of the sketch Ξ, normal entries; P = ½ (VᵀU + UᵀV); τ by Powell's rule, μ = 0.2;
-- γ = 0.1: Λ⁰ = γ I, the start of the refinement (L: of the block; B: of the factor, Λ̃₀);
-- r₁, r₂: `GradientNorm`; α_k⁻¹ is the damping, a constant unless `shrink` is below 1;
-- β = 1, α⁻¹ = 30 (B: 100; at 30 both diverged on the MNIST autoencoder at step 27 to 35, with
-  each of 4 and of 3 seeds), T₂ = 20 (line 2 of Alg. 1 computes H_k at every step: T₂ = 1, dear).
+- k = 16 columns of the sketch Ξ, normal entries; P = ½ (VᵀU + UᵀV), which alone makes (19) and (20)
+  hold before sketching and keeps Λ̃ definite;
+- τ, which the document calls proper: the largest with P ⪰ μ UᵀΛ̃U, V P⁻¹ Vᵀ ⪯ Λ̃ / μ₁ and Λ̃ ⪯ hI
+  after the update (Assumption 2.4), μ = μ₁ = 0.2 and h = 10 (λ_max(G̃) + γ√λ). The first alone
+  leaves 10¹¹ (λ_max(G̃) + γ) within forty steps of a small autoencoder, the first two (each update
+  at most 1 + 1/μ₁ times as large) 462 of it within 300 steps of `mnist-ae`;
+- γ in units of λ: Λ⁰ = γλ I with γ = 0.1 (L), Λ̃₀ = γ√λ I with γ = 0.03 (B): beside λ it adds 1 + γ
+  and at most 1 + γπ to the damping, whatever λ is. At λ = 0 there is no refinement.
 
-Why β / α⁻¹ is so small where a base is kept. The base of a minibatch's own labels contains that
-minibatch's gradient: if it is exact, ‖p‖ ≤ 1 / 2√λ, whatever ‖g‖. Measured at (3, 3), T₂ = 1, no
-refinement, 22 steps of a 784-100-50-10-… autoencoder: ‖p‖ is 0.2 to 0.6 while ‖g‖ goes from 18 to
-300, and β pᵀ∇²Ψp / gᵀp at most 3 (above 2 the quadratic model rises). The base of one step before
-does not know this gradient: ‖p‖ is 3 to 17, the ratio up to 110, that step would raise the loss by
-thousands. What the base does not cover moves as by SGD of rate β / λ, which must be one at which
-SGD is stable: 1/30 stands, 1/10 diverges, for the base of one minibatch and for a moving average.
-Theorem 1 asks for the same, (23).
+τ serves the worst of all columns: of 16 noisy ones little is learnt at once (median τ 5e-4 on
+`mnist-ae`). What the refinement adds, against the same base with Λ as it begins (256-100-50-12-…
+autoencoder of MNIST, minibatches of 500, 100 steps, mean of three seeds): L 46.6 against 48.1; B1
+and B2 48.3 and 48.3 against 48.3; KFAC 48.0.
 
-Λ̃ is held, and updated, in double precision: with Powell's rule its least eigenvalue shrinks at
-every update, while V P⁻¹ Vᵀ has no bound. In single precision it was indefinite there within 24
-steps (−30 beside 6·10⁴), which cancels G̃ where the gradient is.
+Λ̃ is held, and updated, in double precision: its least eigenvalue shrinks where Powell's rule damps.
 
 Legend: N examples, T places, I inputs incl. the bias column, O outputs, p pairs, m columns, k
 columns after sketching.
@@ -44,60 +40,35 @@ columns after sketching.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.curvature.base import BlockDefaults, LearntPair, Move, Secant, blend
-from curvlab.curvature.kfac import FACTOR_A, FACTOR_G, Kfac
-from curvlab.errors import CurvlabError, check_values, lookup
+from curvlab.curvature.base import LearntPair, Move
+from curvlab.curvature.kept_factors import BASE, KeptFactors
+from curvlab.curvature.secant_conditions import CONDITIONS, ColumnPair
+from curvlab.errors import CurvlabError, Diverged, check_values, lookup
 from curvlab.layers import Block
 from curvlab.linalg.block_bfgs import (
     BlockUpdate,
     Choice,
     block_bfgs,
     gaussian_sketch,
-    parameter_secant,
-    preactivation_secant,
 )
-from curvlab.linalg.eigenbasis import Rotated, shifted_kronecker
+from curvlab.linalg.eigenbasis import Rotated, eigenbasis, largest_eigenvalue
+from curvlab.linalg.kronecker import kronecker_product, pi_split
 from curvlab.linalg.lbfgs import Memory, multiple_of_identity, refined
-from curvlab.linalg.operators import Compact, Operator
+from curvlab.linalg.operators import Compact, Diagonal, Operator
 from curvlab.linalg.pair_damping import powell_on_b
 from curvlab.linalg.pairs import Pair, accept, undamped
-from curvlab.statistics import LayerStatistics, Reads
+from curvlab.statistics import LayerStatistics
 
 COSINE = 1e-8
 """Cosine ε_B below which pairs are skipped: S2QN 3.2."""
-
-
-def _factored(G: Float[Tensor, "O O"], A: Float[Tensor, "I I"]) -> Kfac:
-    """Return KFAC of given factors."""
-    kfac = Kfac()
-    kfac.A, kfac.G = A, G
-    return kfac
-
-
-def _base(
-    G: Float[Tensor, "O O"], A: Float[Tensor, "I I"], damping: float, split: bool
-) -> Operator:
-    """Return G ⊗ A + λ I, or λ split over the factors by π as in KFAC (thesis Alg. 12, line 19)."""
-    return _factored(G, A).matrix(damping) if split else shifted_kronecker((G, A), damping)
-
-
-def _base_inverse(
-    G: Float[Tensor, "O O"], A: Float[Tensor, "I I"], damping: float, split: bool
-) -> Operator:
-    if not split:
-        return shifted_kronecker((G, A), damping).inv()
-    kfac = _factored(G, A)
-    kfac.refresh(damping)
-    return kfac.inverse
 
 
 def _check(what: str, count: int | None, gamma: float) -> None:
@@ -105,25 +76,25 @@ def _check(what: str, count: int | None, gamma: float) -> None:
         raise CurvlabError(f"{what} must be 0 (no refinement) or more, not {count}")
     if not gamma >= 0 or (gamma == 0 and count != 0):
         raise CurvlabError(
-            f"the refinement starts from γ I with γ above 0, not {gamma:g}; γ = 0 needs {what}=0"
+            f"the refinement starts from γ λ with γ above 0, not {gamma:g}; γ = 0 needs {what}=0"
         )
 
 
-class SkqnL(BlockDefaults):
+class SkqnL(KeptFactors):
     """Sum B + λI = G̃ ⊗ Â + Λ + λI, Λ by L-BFGS of the block's own pairs: S2QN 3.4, (12), (13).
+
+    All in the eigenbases of G̃ and Â, which are computed once while these are kept. A pair is turned
+    into them once, too: turned pairs have the products of the pairs, and γλ I is the same there.
 
     Args:
         pairs: p; 0: no refinement but Λ⁰.
-        gamma: γ of Λ⁰ = γ I.
-        mu: of the damping of [39] (Powell's, with Λ⁰): uᵀv ≥ μ γ uᵀu. 0: pairs are only skipped.
-        split: λ + γ over the factors by π as in KFAC, in place of the exact inverse in the factors'
-            eigenbases.
+        gamma: γ of Λ⁰ = γ λ I.
+        mu: of the damping of [39] (Powell's, with Λ⁰): uᵀv ≥ μ γ λ uᵀu. 0: pairs are only skipped.
+        split: λ over the factors by π as in KFAC, in place of λI.
     """
 
-    reads: Reads = "factors"
-    memory: ClassVar[tuple[str, ...]] = ("A", "G", "U", "V", "S", "Y", "left_out")
-    factored = learns_pairs = compares_gradients = True
-    inverse: Operator
+    memory: ClassVar[tuple[str, ...]] = (*BASE, "S", "Y", "start_scale")
+    compares_gradients = True
 
     def __init__(
         self,
@@ -132,42 +103,47 @@ class SkqnL(BlockDefaults):
         pairs: int = 3,
         gamma: float = 0.1,
         mu: float = 0.25,
-        split: bool = False,
+        split: bool = True,
     ) -> None:
         _check("pairs", pairs, gamma)
         if not 0 <= mu <= 1:
             raise CurvlabError(f"mu must lie between 0 (no damping) and 1, not {mu:g}")
+        super().__init__()
         self.pairs, self.gamma, self.mu, self.split = pairs, gamma, mu, split
-        self.A: Tensor | None = None
-        self.G: Tensor | None = None
-        self.U: Tensor | None = None  # a step and its change of gradient, no pair yet
-        self.V: Tensor | None = None
         self.S: Tensor | None = None  # u and v of the pairs, the oldest first
         self.Y: Tensor | None = None
+        self.start_scale: float = 0.0  # γλ of the last refinement
         self.last: Pair | None = None  # for the log
-        self.left_out: int = 0  # pairs so far, since they were not finite
-        self.secant: Secant | None = self._secant if pairs else None
+        self.secant = self._secant if pairs else None
+        self._turned: _Turned | None = None
 
-    def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
-        """Return {name: A and G of the minibatch}, which `update` folds in."""
-        return {FACTOR_A: statistics.A, FACTOR_G: statistics.G}
+    def _refine(self, damping: float) -> None:
+        """Add the pair that a step has left, and set `inverse` by S2QN (13).
 
-    def update(self, statistics: LayerStatistics, weight: float) -> None:
-        """Fold A and G in, and add the pair that a step has left, v = v̂ − H_k u (10).
-
-        It is damped by `mu`, and skipped where it is to be.
+        The pair, v = v̂ − H_k u (10), is damped by `mu`, and skipped where it is to be.
         """
-        self.A, self.G = blend(self.A, statistics.A, weight), blend(self.G, statistics.G, weight)
+        if self.kept_A is None:
+            return self.refresh(damping)
+        A, G = self.base
+        self.start_scale = self.gamma * damping
         if self.S is None or self.Y is None:
-            self.S = self.Y = self.A.new_empty(0, statistics.block.numel)
-        if self.U is None or self.V is None:
-            return
-        # (10): v = v̂ − H_k u
-        u, v = (
-            self.U.flatten(),
-            (self.V - self.G @ self.U @ self.A).flatten(),
-        )
-        start = multiple_of_identity(self.gamma, u)
+            self.S = self.Y = A.new_empty(0, len(G) * len(A))
+        if self.U is not None and self.V is not None and self.start_scale > 0:
+            self._add(self.U.flatten(), (self.V - G @ self.U @ A).flatten(), self.start_scale)
+        self.U = self.V = None
+        if self.split and not self.gamma:  # nothing is added
+            kfac = self._kfac(G)
+            kfac.refresh(damping)
+            self.inverse = kfac.inverse
+        else:
+            try:
+                self.inverse = _one_precision(self.matrix(damping).inv())
+            except Diverged as error:
+                raise Diverged("B + λI is not positive definite: raise the damping") from error
+        return None
+
+    def _add(self, u: Float[Tensor, " D"], v: Float[Tensor, " D"], scale: float) -> None:
+        start = multiple_of_identity(scale, u)
         pair = (
             powell_on_b(u, v, start, start.inv(), self.mu)
             if self.mu
@@ -176,58 +152,72 @@ class SkqnL(BlockDefaults):
         self.last = accept(pair, cosine=COSINE)
         self.left_out += self.last.skipped == "not finite"
         if not self.last.skipped:
-            kept = Memory(self.pairs, self.S, self.Y).append(pair.s, pair.y)
+            assert self.S is not None
+            assert self.Y is not None
+            held, kept = self._turned, Memory(self.pairs, self.S, self.Y).append(pair.s, pair.y)
+            if held is not None and held.pairs is self.S:
+                rows = [*held.rows, None][-self.pairs :]
+                self._turned = _Turned(kept.S, held.basis, rows)
             self.S, self.Y = kept.S, kept.Y
-        self.U = self.V = None
-
-    def refresh(self, damping: float) -> None:
-        """Set `inverse` by S2QN (13).
-
-        Without pairs it is that of G̃ ⊗ Â + (γ + λ) I, or of the factors as `split` damps them.
-        Raises Diverged where the matrix is not positive definite.
-        """
-        assert self.A is not None
-        assert self.G is not None
-        assert self.S is not None
-        if len(self.S):
-            self.inverse = _one_precision(self.matrix(damping).inv())  # (13)
-        else:
-            self.inverse = _base_inverse(self.G, self.A, self.gamma + damping, self.split)
 
     def _secant(self, before: LayerStatistics, after: LayerStatistics, move: Move) -> None:
         self.U, self.V = move(), after.gradient - before.gradient  # Alg. 1, line 5
 
     def learnt(self) -> list[LearntPair]:
-        """Return the last pair of the block's parameters: B = Λ⁰ = γ I, and μ γ is its μ₂."""
+        """Return the last pair of the block's parameters: B = Λ⁰ = γλ I, and μ γλ is its μ₂."""
         if self.last is None:
             return []
-        mu2 = self.mu * self.gamma or math.nan
-        return [LearntPair(which="step", pair=self.last, mu2=mu2, gamma=self.gamma)]
+        scale = self.start_scale
+        return [
+            LearntPair(which="step", pair=self.last, mu2=self.mu * scale or math.nan, gamma=scale)
+        ]
 
     def forget_learnt(self) -> None:
         """Drop the record of the last pair."""
         self.last = None
 
     def matrix(self, damping: float = 0.0) -> Operator:
-        """Return B + λI, an approximation of the Hessian."""
-        assert self.A is not None
-        assert self.G is not None
+        """Return B + λI, an approximation of the Hessian; Λ⁰ as at the last refinement."""
         assert self.S is not None
         assert self.Y is not None
-        base = _base(self.G, self.A, self.gamma + damping, self.split)  # H̃
-        if not len(self.S):
-            return base
-        start = multiple_of_identity(self.gamma, self.S[0])
-        if not isinstance(base, Rotated):
-            return refined(base, Memory(self.pairs, self.S, self.Y), start)
-        # γ I is the same in every basis, and turned pairs have the products of the pairs: so the
-        # pairs are turned into the eigenbases once, where the base is diagonal.
-        rows, count = (
-            base.rotated(torch.cat([self.S, self.Y]).mT).mT,
-            len(self.S),
-        )
-        inside = refined(base.inside, Memory(self.pairs, rows[:count], rows[count:]), start)
-        return Rotated(base.bases, cast(Compact, inside))
+        A, G = self.base
+        (a, basis_a), (g, basis_g) = self._eigen_of("A", A), self._eigen_of("G", G)
+        more_a, more_g = pi_split(A, G, damping) if self.split else (0.0, 0.0)
+        shift = self.start_scale + (0.0 if self.split else damping)
+        base = Diagonal(torch.outer(g + more_g, a + more_a).flatten() + shift)  # H̃
+        bases, count = (basis_g, basis_a), len(self.S)
+        if not count:
+            return Rotated(bases, base)
+        rows = self._rows(bases)
+        start = multiple_of_identity(self.start_scale, rows[0])
+        memory = Memory(self.pairs, rows[:count], rows[count:])
+        return Rotated(bases, cast(Compact, refined(base, memory, start)))
+
+    def _rows(self, bases: tuple[Tensor, Tensor]) -> Float[Tensor, "R D"]:
+        """Return u, then v of the pairs in the eigenbases.
+
+        Each is turned by itself, so that what was turned before is to the bit what it would be now.
+        """
+        assert self.S is not None
+        assert self.Y is not None
+        held, backwards = self._turned, [q.mT for q in bases]
+        known = held is not None and held.pairs is self.S and held.basis is bases[0]
+        rows = held.rows if held is not None and known else [None] * len(self.S)
+        found = [
+            row or (kronecker_product(backwards, u), kronecker_product(backwards, v))
+            for row, u, v in zip(rows, self.S, self.Y, strict=True)
+        ]
+        self._turned = _Turned(self.S, bases[0], list(found))
+        return torch.stack([u for u, _ in found] + [v for _, v in found])
+
+
+@dataclass
+class _Turned:
+    """Pairs in an eigenbasis, None of those that are to be turned into it."""
+
+    pairs: Tensor
+    basis: Tensor
+    rows: list[tuple[Tensor, Tensor] | None]
 
 
 def _one_precision(operator: Operator) -> Operator:
@@ -237,65 +227,30 @@ def _one_precision(operator: Operator) -> Operator:
     """
     if isinstance(operator, Rotated):
         return Rotated(operator.bases, cast(Compact, _one_precision(operator.inside)))
-    assert isinstance(operator, Compact)
+    if not isinstance(operator, Compact):
+        return operator
     return replace(operator, core=operator.core.to(operator.rows.dtype))
 
 
-ColumnPair = tuple[Float[Tensor, "O k"], Float[Tensor, "O k"]]
-
-
-@dataclass(frozen=True)
-class Condition:
-    """Secant condition: what a step gives, and the pairs (𝕌, 𝕍) that Λ̃ is to satisfy.
-
-    Λ̃ 𝕌 = 𝕍 once Â and G̃ are known. `commutes`: whether the columns may be sketched before.
-    """
-
-    look: Callable[[LayerStatistics, LayerStatistics, Move], ColumnPair]
-    pairs: Callable[[Tensor, Tensor, Tensor, Tensor], ColumnPair]
-    commutes: bool
-
-
-def _parameters(before: LayerStatistics, after: LayerStatistics, move: Move) -> ColumnPair:
-    return move(), after.gradient - before.gradient
-
-
-def _preactivations(before: LayerStatistics, after: LayerStatistics, move: Move) -> ColumnPair:
-    """Return mat(s_k − s_{k−1}), mat(Ds_k − Ds_{k−1}) of each example's own loss.
-
-    They have a column for each example and place.
-    """
-    return (after.h - before.h).flatten(0, 1).mT, (after.g[0] - before.g[0]).flatten(0, 1).mT
-
-
-CONDITIONS: dict[str, Condition] = {
-    "parameters": Condition(_parameters, parameter_secant, False),  # (19)
-    "preactivations": Condition(
-        _preactivations, lambda U, V, A, G: preactivation_secant(U, V, G), True
-    ),  # (20)
-}
-
-
-class SkqnB(BlockDefaults):
+class SkqnB(KeptFactors):
     """Sum B + λI = (G̃ + Λ̃) ⊗ Â + λI, Λ̃ by sketched block BFGS: S2QN (18), (21), (22).
 
     Args:
         block: whose parameters.
         condition: of `CONDITIONS`: "parameters" (19), `skqn-b1`; "preactivations" (20), `skqn-b2`.
         columns: k of the sketch; None: no sketch; 0: no refinement but Λ̃₀.
-        gamma: γ of Λ̃₀ = γ I.
+        gamma: γ of Λ̃₀ = γ √λ I, in units of what λ gives each factor (Alg. 7, line 11).
         choice: P of (21).
-        mu: of Powell's rule for τ.
-        tau: τ itself, in its place.
-        split: λ over the factors by π as in KFAC, in place of the exact inverse in the factors'
-            eigenbases.
+        mu: μ of P ⪰ μ UᵀΛ̃U, Powell's rule for τ.
+        mu1: μ₁ of V P⁻¹ Vᵀ ⪯ Λ̃ / μ₁, a bound on an update; none: no bound.
+        ceiling: h of Λ̃ ⪯ hI (Assumption 2.4), in units of λ_max(G̃) + γ√λ; none: no bound.
+        tau: τ itself, in the place of both.
+        split: λ over the factors by π as in KFAC, in place of λI, whose inverse is made in the
+            factors' eigenbases.
         seed: of the sketches.
     """
 
-    reads: Reads = "factors"
-    memory: ClassVar[tuple[str, ...]] = ("A", "G", "U", "V", "Lambda", "draws", "left_out")
-    factored = learns_pairs = True
-    inverse: Operator
+    memory: ClassVar[tuple[str, ...]] = (*BASE, "Lambda", "draws")
 
     def __init__(
         self,
@@ -303,16 +258,30 @@ class SkqnB(BlockDefaults):
         *,
         condition: Literal["parameters", "preactivations"],
         columns: int | None = 16,
-        gamma: float = 0.1,
+        gamma: float = 0.03,
         choice: Choice = "symmetric",
         mu: float = 0.2,
+        mu1: float | None = 0.2,
+        ceiling: float | None = 10.0,
         tau: float | None = None,
-        split: bool = False,
+        split: bool = True,
         seed: int = 0,
     ) -> None:
         _check("columns", columns, gamma)
         check_values(
             ("mu", mu, 0 < mu <= 1, "above 0 and at most 1"),
+            (
+                "mu1",
+                0.5 if mu1 is None else mu1,
+                mu1 is None or 0 < mu1 < 1,
+                "between 0 and 1, or none for no bound",
+            ),
+            (
+                "ceiling",
+                1.0 if ceiling is None else ceiling,
+                ceiling is None or ceiling > 0,
+                "above 0, or none for no bound",
+            ),
             (
                 "tau",
                 1.0 if tau is None else tau,
@@ -321,49 +290,77 @@ class SkqnB(BlockDefaults):
             ),
             ("seed", seed, seed >= 0, "0 or positive"),
         )
+        super().__init__()
         self.condition = lookup(CONDITIONS, condition, "condition")
         self.compares_gradients = condition == "parameters"
-        self.columns, self.gamma, self.choice, self.mu, self.tau = columns, gamma, choice, mu, tau
+        self.columns, self.gamma, self.choice = columns, gamma, choice
+        self.mu, self.mu1, self.ceiling, self.tau = mu, mu1, ceiling, tau
         self.split, self.seed, self.draws = split, seed, 0
-        self.A: Tensor | None = None
-        self.G: Tensor | None = None
-        self.U: Tensor | None = None  # what a step gave, no pairs yet
-        self.V: Tensor | None = None
-        self.Lambda: Tensor | None = None  # in double precision
+        self.Lambda: Tensor | None = None  # Λ̃, in double precision
         self.last: BlockUpdate | None = None  # for the log
-        self.left_out: int = 0  # blocks of pairs so far, since they were not finite
-        self.secant: Secant | None = None if columns == 0 else self._secant
+        self.secant = None if columns == 0 else self._secant
 
-    def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
-        """Return {name: A and G of the minibatch}, which `update` folds in."""
-        return {FACTOR_A: statistics.A, FACTOR_G: statistics.G}
-
-    def update(self, statistics: LayerStatistics, weight: float) -> None:
-        """Fold A and G in. Where a step has left pairs, update Λ̃ by block BFGS with them (22)."""
-        self.A, self.G = blend(self.A, statistics.A, weight), blend(self.G, statistics.G, weight)
+    def _refine(self, damping: float) -> None:
+        """Update Λ̃ with what a step has left (22); set `inverse` to that of (18) and λ."""
+        if self.kept_A is None:
+            return self.refresh(damping)
+        A, G = self.base
         if self.Lambda is None:
-            self.Lambda = self.gamma * torch.eye(
-                len(self.G), dtype=torch.float64, device=self.G.device
-            )
-        if self.U is None or self.V is None:
-            return
-        U, V = self._sketched(*self.condition.pairs(self.U, self.V, self.A, self.G))
-        # (22)
-        self.last = block_bfgs(self.Lambda, U, V, choice=self.choice, mu=self.mu, tau=self.tau)
-        self.left_out += self.last.skipped == "not finite"
-        self.Lambda = self.last.matrix
-        self.U = self.V = None
+            scale = self.gamma * math.sqrt(damping)
+            self.Lambda = scale * torch.eye(len(G), dtype=torch.float64, device=G.device)
+        top = None if self.ceiling is None else self._below(damping)
+        if self.U is not None and self.V is not None:
+            U, V = self._sketched(*self.condition.pairs(self.U, self.V, A, G))
+            rules: dict[str, Any] = {
+                "mu": self.mu,
+                "mu1": self.mu1,
+                "ceiling": top,
+                "tau": self.tau,
+            }
+            self.last = block_bfgs(self.Lambda, U, V, choice=self.choice, **rules)  # (22)
+            self.left_out += self.last.skipped == "not finite"
+            self.Lambda = self.last.matrix
+            self.U = self.V = None
+        self.inverse = self._inverse(damping)
+        return None
 
-    def refresh(self, damping: float) -> None:
-        """Set `inverse` to that of (G̃ + Λ̃) ⊗ Â + λI, S2QN (18), λ split where `split` says so."""
-        assert self.A is not None
-        self.inverse = _base_inverse(self._refined, self.A, damping, self.split)
+    def _below(self, damping: float) -> float | None:
+        """Return h, and halve Λ̃ until it is at most h/2, so that an update has room.
+
+        It is above after updates that have reached h, and where G̃ has become smaller. None of a G̃
+        and λ that are 0.
+        """
+        assert self.ceiling is not None
+        assert self.Lambda is not None
+        size = largest_eigenvalue(self.base[1]) + self.gamma * math.sqrt(damping)
+        h = self.ceiling * size
+        if not 0 < h < math.inf:
+            return None
+        room = h / 2 * torch.eye(len(self.Lambda), dtype=torch.float64, device=self.Lambda.device)
+        while bool(torch.linalg.cholesky_ex(room - self.Lambda).info):
+            self.Lambda = self.Lambda / 2
+        return h
+
+    def _inverse(self, damping: float) -> Operator:
+        if self.split:
+            kfac = self._kfac(self._refined)
+            kfac.refresh(damping)
+            return kfac.inverse
+        return self._rotated(damping).inv()
+
+    def _rotated(self, damping: float) -> Rotated:
+        """Return (G̃ + Λ̃) ⊗ Â + λI; of Â the eigenbasis is computed once while it is kept."""
+        (a, basis_a), (g, basis_g) = (
+            self._eigen_of("A", self.base[0]),
+            eigenbasis(self._refined),
+        )
+        return Rotated((basis_g, basis_a), Diagonal(torch.outer(g, a).flatten() + damping))
 
     @property
     def _refined(self) -> Float[Tensor, "O O"]:
-        assert self.G is not None
+        G = self.base[1]
         assert self.Lambda is not None
-        return (self.G + self.Lambda).to(self.G.dtype)  # (18)
+        return (G + self.Lambda).to(G.dtype)  # (18)
 
     def _secant(self, before: LayerStatistics, after: LayerStatistics, move: Move) -> None:
         U, V = self.condition.look(before, after, move)  # Alg. 1, line 5
@@ -395,5 +392,4 @@ class SkqnB(BlockDefaults):
 
     def matrix(self, damping: float = 0.0) -> Operator:
         """Return B + λI, an approximation of the Hessian."""
-        assert self.A is not None
-        return _base(self._refined, self.A, damping, self.split)
+        return self._kfac(self._refined).matrix(damping) if self.split else self._rotated(damping)

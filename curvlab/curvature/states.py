@@ -31,6 +31,8 @@ REBUILD = "build the same model first"
 STATISTIC_AXES: dict[str, tuple[str, ...]] = {
     "A": ("II", "I"),
     "G": ("OO",),
+    "kept_A": ("II",),
+    "kept_G": ("OO",),
     "Q_A": ("II",),
     "Q_G": ("OO",),
     "D": ("OI",),

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import guard_memory
+from curvlab.errors import CurvlabError, guard_memory
 from curvlab.finite import all_finite
 from curvlab.linalg.pair_damping import powell_factor
 from curvlab.linalg.pairs import Skip
@@ -50,6 +50,8 @@ def block_bfgs(
     *,
     choice: Choice = "symmetric",
     mu: float = 0.2,
+    mu1: float | None = None,
+    ceiling: float | None = None,
     tau: float | None = None,
 ) -> BlockUpdate:
     """Return Λ⁺ = Λ + V P⁻¹ Vᵀ − Λ U (UᵀΛU)⁻¹ UᵀΛ: S2QN (21), damped.
@@ -72,8 +74,21 @@ def block_bfgs(
         choice: which P.
         mu: without `tau`, the largest τ ≤ 1 for which P is at least μ times its value at V = ΛU:
             Powell's rule (thesis 2.3.1) for a block. S2QN says "proper τ_k".
-        tau: τ itself. The update is skipped where it leaves P indefinite.
+        mu1: μ₁ of a bound on what is added: the largest τ for which V P⁻¹ Vᵀ ⪯ Λ / μ₁, too, so that
+            ‖Λ⁺‖ ≤ (1 + 1/μ₁) ‖Λ‖: the block form of thesis (2.8). No rule on P alone gives that.
+            None: no such bound.
+        ceiling: h, the largest τ for which Λ⁺ ⪯ h I, too: S2QN's Assumption 2.4, which a bound on
+            each update does not give in the end. Λ has to be below it. None: no such bound.
+        tau: τ itself, without bounds. The update is skipped where it leaves P indefinite.
+
+    An update is skipped where no τ from 0 on keeps a bound: with "diagonal" and columns that are
+    nearly one, or a Λ that is not below the ceiling, or not definite but for rounding.
+
+    Raises:
+        CurvlabError: μ₁ that is not between 0 and 1, pairs too many for the memory.
     """
+    if mu1 is not None and not 0 < mu1 < 1:
+        raise CurvlabError(f"mu1 must lie between 0 and 1, not {mu1:g}")
     m = U.shape[1]
     guard_memory(4 * m**2 * U.element_size(), f"a block of {m} pairs", "sketch it")
     eps = torch.finfo(U.dtype).eps
@@ -114,7 +129,19 @@ def block_bfgs(
     else:
         relative = P
     least = float(eigvalsh(relative)[0])
-    tau = float(powell_factor(least, 1.0, mu)) if tau is None else tau
+    if tau is None:
+        tau = float(powell_factor(least, 1.0, mu))
+        bounds = [] if mu1 is None else [Lambda / mu1]
+        if ceiling is not None:  # what Λ⁺ may have beyond what is left of Λ
+            left = Lambda - whole @ whole.mT
+            bounds.append(
+                ceiling * torch.eye(len(left), dtype=left.dtype, device=left.device) - left
+            )
+        for M in bounds:
+            most = bounded_factor(M, V, LU, P, at_one)
+            if math.isnan(most):
+                return BlockUpdate(Lambda, least, math.nan, rank, "curvature")
+            tau = min(tau, most)
     if not tau * least + (1 - tau) > 0:
         return BlockUpdate(Lambda, least, tau, rank, "curvature")
     factor, info = torch.linalg.cholesky_ex(tau * P + (1 - tau) * torch.diag(at_one))
@@ -129,6 +156,52 @@ def block_bfgs(
     return BlockUpdate(new, least, tau, rank)
 
 
+def bounded_factor(
+    M: Float[Tensor, "D D"],
+    V: Float[Tensor, "D m"],
+    LU: Float[Tensor, "D m"],
+    P: Float[Tensor, "m m"],
+    at_one: Float[Tensor, " m"],
+) -> float:
+    """Return the largest τ ≤ 1 with V_τᵀ M⁻¹ V_τ ⪯ P_τ, V_τ = τV + (1 − τ)ΛU.
+
+    By Schur's complement it is the largest with V_τ P_τ⁻¹ V_τᵀ ⪯ M. With M = LLᵀ and E_τ = L⁻¹V_τ
+    the condition is [[P_τ, E_τᵀ], [E_τ, I]] ⪰ 0, which is affine in τ: those τ are an interval from
+    0 on, and its end is one eigenvalue of a matrix of order 3m at most.
+
+    Args:
+        M: the bound.
+        V: V.
+        LU: ΛU, V at τ = 0.
+        P: P of V.
+        at_one: P of ΛU, a diagonal.
+
+    Returns:
+        τ; NaN where the condition does not hold at τ = 0, or M is not positive definite.
+    """
+    factor, info = torch.linalg.cholesky_ex(M)
+    if info:
+        return math.nan
+    m = V.shape[1]
+    both = torch.linalg.solve_triangular(factor, torch.cat([LU, V], 1), upper=False)
+    D, C = torch.linalg.qr(both).R.split(m, 1)  # the products of the columns, in few rows
+    start = torch.zeros(m + len(D), m + len(D), dtype=V.dtype, device=V.device)
+    move = start.clone()
+    start[:m, :m], move[:m, :m] = torch.diag(at_one), P - torch.diag(at_one)
+    start[m:, :m], start[:m, m:] = D, D.mT
+    start[m:, m:].fill_diagonal_(1.0)
+    move[m:, :m], move[:m, m:] = C - D, (C - D).mT
+    root, info = torch.linalg.cholesky_ex(start)
+    if info:
+        return math.nan
+    half = torch.linalg.solve_triangular(root, move, upper=False)
+    turned = torch.linalg.solve_triangular(root, half.mT, upper=False)
+    if not all_finite(turned):
+        return math.nan
+    least = float(eigvalsh(_symmetrised(turned))[0])  # start + τ move ⪰ 0: 1 + τ least ≥ 0
+    return 1.0 if least >= -1 else -1 / least
+
+
 def sketched_block_bfgs(
     Lambda: Float[Tensor, "D D"],
     U: Float[Tensor, "D m"],
@@ -137,13 +210,17 @@ def sketched_block_bfgs(
     *,
     choice: Choice = "symmetric",
     mu: float = 0.2,
+    mu1: float | None = None,
+    ceiling: float | None = None,
     tau: float | None = None,
 ) -> BlockUpdate:
     """Return `block_bfgs` of the compressed pairs U Ξ and V Ξ: S2QN (22).
 
     Ξ compresses columns, where (22) prints Ξ U and Ξ V (practice).
     """
-    return block_bfgs(Lambda, U @ sketch, V @ sketch, choice=choice, mu=mu, tau=tau)
+    return block_bfgs(
+        Lambda, U @ sketch, V @ sketch, choice=choice, mu=mu, mu1=mu1, ceiling=ceiling, tau=tau
+    )
 
 
 def gaussian_sketch(

@@ -82,18 +82,42 @@ def _formed(basis: Basis) -> Tensor:
     return basis if isinstance(basis, Tensor) else basis.dense()
 
 
-def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> Rotated:
-    """Return ⊗ᵢ Uᵢ + shift I of positive semi-definite Uᵢ, by their eigenvectors.
+def eigenbasis(U: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
+    """Return eigenvalues and eigenvectors of a positive semi-definite U.
 
-    What rounding leaves below 0 of their eigenvalues is taken as 0.
+    What rounding leaves below 0 of the eigenvalues is taken as 0.
+
+    Raises:
+        Diverged: NaN or Inf in U.
+    """
+    if not all_finite(U):
+        raise Diverged(
+            "a Kronecker factor contains NaN or Inf: lower the learning rate or raise the damping"
+        )
+    values, vectors = eigh((U + U.mT) / 2)
+    return values.clamp_min(0), vectors
+
+
+def largest_eigenvalue(U: Float[Tensor, "D D"], steps: int = 10) -> float:
+    """Return the largest eigenvalue of a positive semi-definite U from below, by power steps.
+
+    They begin with the column of the greatest diagonal entry, which the result is never under.
+    """
+    x = U[:, int(U.diagonal().argmax())]
+    for _ in range(steps):
+        length = x.norm()
+        if not 0 < float(length) < float("inf"):
+            return 0.0
+        x = U @ (x / length)
+    return float(x.norm())
+
+
+def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> Rotated:
+    """Return ⊗ᵢ Uᵢ + shift I of positive semi-definite Uᵢ, by their eigenvectors (`eigenbasis`).
 
     Raises:
         Diverged: NaN or Inf in a factor.
     """
-    if not all(all_finite(u) for u in factors):
-        raise Diverged(
-            "a Kronecker factor contains NaN or Inf: lower the learning rate or raise the damping"
-        )
-    found = [eigh((u + u.mT) / 2) for u in factors]
-    values = reduce(lambda e, f: torch.outer(e, f).flatten(), [e.clamp_min(0) for e, _ in found])
+    found = [eigenbasis(u) for u in factors]
+    values = reduce(lambda e, f: torch.outer(e, f).flatten(), [e for e, _ in found])
     return Rotated(tuple(q for _, q in found), Diagonal(values + shift))

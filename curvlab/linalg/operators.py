@@ -34,7 +34,7 @@ from curvlab.linalg.operator_states import packable as packable
 from curvlab.linalg.operator_states import unpack as unpack
 from curvlab.linalg.operator_states import unpack_operator as unpack_operator
 from curvlab.linalg.spectral import eigvalsh
-from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows, gram_cholesky
+from curvlab.linalg.woodbury import Below, Beside, LayerRows, RowMatrix, Rows, gram_cholesky
 
 
 @dataclass(frozen=True)
@@ -374,5 +374,6 @@ for kind in (
     Rows,
     LayerRows,
     Beside,
+    Below,
 ):
     packable(kind)

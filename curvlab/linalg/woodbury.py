@@ -134,8 +134,16 @@ class LayerRows:
     def __len__(self) -> int:
         return self.g.shape[0] * self.g.shape[1]
 
+    @property
+    def _single(self) -> bool:
+        """Whether there is one place and one group, so that each row is one outer product."""
+        return self.g.shape[2] == self.g.shape[3] == 1
+
     def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]:
         """Return the rows times v: [V N], or [V N, K]; no row is formed."""
+        if self._single and v.ndim == 1:  # g · V a, as products of matrices: einsum costs more
+            g, a = self.g[:, :, 0, 0], self.a[:, 0, 0]
+            return (g * (a @ v.view(-1, a.shape[1]).mT)).sum(2).flatten()
         through = torch.einsum(
             "ntgi,goik->ntgok", self.a, v.reshape(*self.g.shape[3:], self.a.shape[3], -1)
         )
@@ -143,6 +151,10 @@ class LayerRows:
 
     def transposed(self, w: Float[Tensor, "R *K"]) -> Float[Tensor, "D *K"]:
         """Return the sum of the rows weighted by w: [D], or [D, K]; no row is formed."""
+        if self._single and w.ndim == 1:
+            g, a = self.g[:, :, 0, 0], self.a[:, 0, 0]
+            weighed = (g * w.view(g.shape[:2])[:, :, None]).sum(0)
+            return (weighed.mT @ a).flatten()
         back = torch.einsum("vntgo,vnk->ntgok", self.g, w.reshape(*self.g.shape[:2], -1))
         return torch.einsum("ntgok,ntgi->goik", back, self.a).reshape(-1, *w.shape[1:])
 
@@ -151,8 +163,8 @@ class LayerRows:
 
         Rows are formed only where T or Γ is above 1.
         """
-        vectors, size, places, groups, _ = self.g.shape
-        if places == groups == 1:
+        vectors, size = self.g.shape[:2]
+        if self._single:
             g, a = self.g.flatten(0, 3), self.a.flatten(0, 2)
             return ((g @ g.mT).view(vectors, size, vectors, size) * (a @ a.mT)[:, None]).view(
                 len(self), -1
@@ -193,6 +205,9 @@ class LayerRows:
 
     def squares(self) -> Float[Tensor, " D"]:
         """Return the squared lengths of the columns, [D]; no row is formed at one place."""
+        if self._single:
+            g, a = self.g[:, :, 0, 0].square().sum(0), self.a[:, 0, 0].square()
+            return (g.mT @ a).flatten()
         if self.g.shape[2] == 1:
             return torch.einsum("vntgo,ntgi->goi", self.g.square(), self.a.square()).flatten()
         return torch.cat([part.square().sum(0) for part in self.columns()])
@@ -200,6 +215,77 @@ class LayerRows:
     def total(self) -> Float[Tensor, ""]:
         """Return the sum of `squares`, a scalar."""
         return self.squares().sum()
+
+
+@dataclass(frozen=True)
+class Below:
+    """Rows below one another, those of each part times its scale: [Σ R, D]."""
+
+    parts: tuple[Rows, ...]
+    scales: tuple[float, ...]
+
+    @property
+    def width(self) -> int:
+        """Length of the rows, that of each part."""
+        return self.parts[0].width
+
+    def __len__(self) -> int:
+        return sum(len(p) for p in self.parts)
+
+    def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]:
+        """Return the parts' products with v, one below the other: [Σ R], or [Σ R, K]."""
+        return torch.cat([c * p.times(v) for p, c in self._scaled])
+
+    def transposed(self, w: Float[Tensor, "R *K"]) -> Float[Tensor, "D *K"]:
+        """Return the sum of the parts' rows weighted by their stretches of w: [D], or [D, K]."""
+        each = torch.split(w, [len(p) for p in self.parts])
+        return reduce(
+            torch.add,
+            [p.transposed(c * some) for (p, c), some in zip(self._scaled, each, strict=True)],
+        )
+
+    def gram(self) -> Float[Tensor, "R R"]:
+        """Return the inner products of all rows with each other, [Σ R, Σ R]."""
+        each = [torch.cat([products_of_rows(p, q) for q in self.parts], 1) for p in self.parts]
+        scale = self.row_scales()
+        return torch.cat(each) * scale * scale[:, None]
+
+    def row_scales(self) -> Float[Tensor, " R"]:
+        """Return each row's scale, [Σ R]."""
+        return torch.cat([p.g.new_full((len(p),), c) for p, c in self._scaled])
+
+    def dense(self) -> Float[Tensor, "R D"]:
+        """Return all rows formed, [Σ R, D]."""
+        return torch.cat([c * p.dense() for p, c in self._scaled])
+
+    def columns(self) -> Iterator[Float[Tensor, "R _"]]:
+        """Yield the columns some at a time; all at once where a part's rows are formed."""
+        if any(p.a is None for p in self.parts):
+            yield self.dense()
+            return
+        for some in zip(*(p.columns() for p in self.parts), strict=True):
+            yield torch.cat([c * of for of, c in zip(some, self.scales, strict=True)])
+
+    def squares(self) -> Float[Tensor, " D"]:
+        """Return the squared lengths of the columns, [D]."""
+        return reduce(torch.add, [c**2 * p.squares() for p, c in self._scaled])
+
+    def total(self) -> Float[Tensor, ""]:
+        """Return the sum of `squares`, a scalar."""
+        return reduce(torch.add, [c**2 * p.total() for p, c in self._scaled])
+
+    @property
+    def _scaled(self) -> list[tuple[Rows, float]]:
+        return list(zip(self.parts, self.scales, strict=True))
+
+
+def products_of_rows(left: Rows, right: Rows) -> Float[Tensor, "L R"]:
+    """Return ⟨row_i, row_j⟩ of two matrices of rows: (g_iᵀ g_j)(a_iᵀ a_j) of outer products."""
+    if left.a is not None and right.a is not None:
+        return (left.g @ right.g.mT) * (left.a @ right.a.mT)
+    if left.a is None and right.a is not None:
+        return right.times(left.g.mT).mT
+    return left.times(right.g.mT)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ _KINDS: dict[str, tuple[Callable[[Any], Any], str]] = (
     | {
         "damping": _NUMBER,
         "resumed": (_records, "no JSON list of objects"),
+        "points": (_records, "no JSON list of objects"),
         "seed": (_seeds, "no seed, nor a list of them"),
     }
 )
@@ -141,6 +142,11 @@ def resumed(ds: xr.Dataset) -> list[dict[str, Any]]:
     Each time's attributes are text as the log's own.
     """
     return _records(ds.attrs.get("resumed")) or []
+
+
+def records(ds: xr.Dataset, name: str) -> list[dict[str, Any]]:
+    """Return a JSON list of objects; empty where it is absent or is none."""
+    return _records(ds.attrs.get(name)) or []
 
 
 def entry(of: dict[str, Any], name: str) -> float | None:

@@ -9,8 +9,10 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
+import numpy as np
 import xarray as xr
 
 from curvlab.errors import CurvlabError, guard_memory, unknown, warn
@@ -69,6 +71,77 @@ def open_log(path: str | os.PathLike[str]) -> xr.Dataset:
             f" {for_terminal(lines(odd))}"
         )
     return ds
+
+
+def open_quickly(path: Path) -> xr.Dataset:
+    """Return the data set of a run of this version's, in a fifth of `open_log`'s time.
+
+    It has the numbers, their labels, names and units, and the attributes; it is for who reads
+    thousands of logs that it has seen written. What is odd is not looked for.
+
+    Args:
+        path: the run's `run.h5`.
+
+    Raises:
+        CurvlabError: as `open_log`, and a file without a seal, or of another schema.
+    """
+    contents, sealed = read_sealed(path)
+    place = for_terminal(path)
+    try:
+        with h5py.File(io.BytesIO(contents), "r") as file:
+            _check_structure(file, place)
+            attrs = _plain_attributes(file.attrs)
+            if not sealed or attrs.pop("schema", None) != SCHEMA:
+                raise CurvlabError(f"the log {place} is not as this version of curvlab wrote it")
+            found = {
+                name: xr.Variable(_dims(each), _plain_values(each), _named(each.attrs))
+                for name, each in file.items()
+                if isinstance(each, h5py.Dataset) and not _is_bare(each)
+            }
+    except CurvlabError:
+        raise
+    except Exception as error:  # as in `open_log`
+        raise CurvlabError(f"the log {place} cannot be read: {error}") from error
+    labels = {name for name, each in found.items() if each.dims == (name,)}
+    return xr.Dataset(
+        {name: each for name, each in found.items() if name not in labels},
+        {name: found[name] for name in labels},
+        attrs,
+    )
+
+
+def _dims(of: h5py.Dataset) -> list[str]:
+    """Return the names of a variable's dimensions; a dimension's labels lie along itself."""
+    if of.is_scale:
+        return [of.name.rpartition("/")[2]]
+    return [scales[0].name.rpartition("/")[2] for scales in of.dims]
+
+
+def _is_bare(of: h5py.Dataset) -> bool:
+    """Return whether it stands for a dimension that has no labels."""
+    return b"not a netCDF variable" in bytes(of.attrs.get("NAME", b""))
+
+
+def _plain_values(of: h5py.Dataset) -> Any:
+    return of.asstr()[...] if h5py.check_string_dtype(of.dtype) else of[...]
+
+
+def _named(of: h5py.AttributeManager) -> dict[str, Any]:
+    return {name: of[name] for name in ("long_name", "units") if name in of}
+
+
+def _plain_attributes(of: h5py.AttributeManager) -> dict[str, Any]:
+    """Return attributes without those of the formats, numbers as Python's."""
+    return {
+        name: value.item()
+        if isinstance(value, np.generic | np.ndarray) and value.size == 1
+        else value
+        for name, value in of.items()
+        if name not in _OF_THE_FORMAT
+    }
+
+
+_OF_THE_FORMAT = ("_NCProperties", "coordinates", "_nc3_strict")
 
 
 def _file(path: str | os.PathLike[str]) -> Path:

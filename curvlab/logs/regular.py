@@ -61,6 +61,10 @@ _WORDS = ("parameters", "route")
 _BESIDE = ("order", "lower", "upper", *_WORDS)
 """Coordinates beside the labels."""
 _NUMBERED = ("step", "epoch", "seed", "index", "bin")
+_GRID = ("lr", "damping")
+"""Dimensions of every sweep; its further ones say by an attribute `grid` that they are numbers."""
+_OF_SWEEPS = ("score", "state")
+"""What figures and tables of a sweep show; its curves by epoch are for `open_log` alone."""
 _MUST = (
     "step",
     "epoch",
@@ -76,7 +80,7 @@ _MUST = (
 """Dimensions that a log has labels of."""
 _FURTHEST = 1e18
 """No step, epoch or seed lies beyond."""
-_SAID = ("long_name", "units", "flag_values", "flag_meanings")
+_SAID = ("long_name", "units", "flag_values", "flag_meanings", "grid")
 
 
 def regular(ds: xr.Dataset) -> tuple[xr.Dataset, list[str]]:
@@ -93,6 +97,8 @@ def regular(ds: xr.Dataset) -> tuple[xr.Dataset, list[str]]:
         if name in ds.sizes or (
             name in _MUST and not values.ndim
         ):  # of a log that was cut to one seed
+            continue
+        if set(_GRID) <= set(map(str, values.dims)) and name not in _OF_SWEEPS:
             continue
         fault = _fault(values, str(name))
         said += [f"variable '{name}' {fault}"] if fault else []
@@ -128,8 +134,9 @@ def _labelled(ds: xr.Dataset, dim: str) -> tuple[xr.Variable | None, str]:
 
     The labels are None where the dimension needs none.
     """
-    numbered = dim in _NUMBERED or dim.endswith("_step")
     there = dim in ds.variables and ds.variables[dim].dims == (dim,)
+    numbered = dim in (*_NUMBERED, *_GRID) or dim.endswith("_step")
+    numbered = numbered or (there and ds.variables[dim].attrs.get("grid") == "number")
     if not there and dim not in _MUST and not numbered:
         return None, ""
     values = ds.variables[dim].values if there else np.arange(ds.sizes[dim])

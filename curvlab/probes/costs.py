@@ -16,6 +16,7 @@ COSTS: dict[str, tuple[float, float]] = {
     "loss": (0.004, 0),
     "norms": (0.088, 0.029),
     "time": (0.003, 0),
+    "lambda": (0.003, 0),
     "shift": (0.005, 0),
 }
 """{probe: CPU time of one sample over plain forward and backward, for each of COST_MODELS,

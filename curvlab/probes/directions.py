@@ -111,6 +111,21 @@ def _time(frame: Frame) -> list[Numbers]:
     return [np.asarray(list(frame.seconds.values()))]
 
 
+@probe(
+    "lambda",
+    "λ that every algorithm's inverse was made with, after whatever rule moves it",
+    {
+        "damping_of_direction": Variable(
+            ("algorithm",), "damping of the inverse of this direction; NaN: not known", "1"
+        )
+    },
+    where=("compare",),
+)
+def _lambda(frame: Frame) -> list[Numbers]:
+    used = [frame.curvature(algorithm).refreshed for algorithm in frame.directions]
+    return [np.asarray([np.nan if value is None else value for value in used], dtype=float)]
+
+
 def _shifts(curvature: Any) -> bool:
     return any(block.shift is not None for block in with_defaults(curvature).by_block().values())
 

@@ -65,7 +65,7 @@ class Method:
         What is the algorithm's own anyway is left out, so that equal runs have equal names.
         """
         lr, *decay, damping = self.on(problem) or ()
-        table = ALGORITHMS[self.algorithm]
+        table = ALGORITHMS[self.algorithm].read(self.options.get("reading"))
         usual = dict(table.own)
         usual |= {
             name: getattr(table, name)

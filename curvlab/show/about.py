@@ -172,7 +172,7 @@ def shell(call: Mapping[str, Any]) -> str:
     if "command" not in call:
         said = ", ".join(f"{name}={value!r}" for name, value in call.items() if name != "function")
         return f"{call.get('function', 'unknown')}({said})"
-    lines = [f"curvlab {shlex.quote(str(call['command']))}"]
+    lines = [f"curvlab {shlex.join(str(call['command']).split())}"]
     for name, value in call.items():
         for words in _words(name, value):
             if len(lines[-1]) + 1 + len(words) + 2 <= _WIDTH:

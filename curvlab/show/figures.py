@@ -1,7 +1,7 @@
 """FIGURES: figures of a log alone by matplotlib, one function a figure.
 
-The functions are in `comparison_figures`, `spectrum_figure` and `training_figures`. Colours, dashes
-and markers are those of `style`.
+The functions are in `comparison_figures`, `spectrum_figure`, `sweep_figure` and
+`training_figures`. Colours, dashes and markers are those of `style`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from curvlab.show.captions import Runs as Runs
 from curvlab.show.comparison_figures import cosine, loss, seconds
 from curvlab.show.drawable import SHORT, drawable
 from curvlab.show.spectrum_figure import spectrum_histograms
+from curvlab.show.sweep_figure import landscape
 from curvlab.show.training_figures import damping, training
 from curvlab.system.escape import for_matplotlib, for_terminal
 
@@ -83,6 +84,12 @@ FIGURES: dict[str, FigureEntry] = {
         "pairs_within_mu1",
         damping,
         beside=("pairs_within_2mu1", "pair_curvature_mean"),
+    ),
+    "landscape": FigureEntry(
+        "score of a sweep over learning rate and damping (thesis Figure 2.3)",
+        "score",
+        landscape,
+        beside=("state",),
     ),
 }
 

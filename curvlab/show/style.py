@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex, to_rgb
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "#0072B2": ("kfac", "kfac-20", "kfac-ef", "kflr", "kfac-reduce", "ekfac", "foof"),
@@ -37,7 +37,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "#56B4E9": ("skqn-l", "skqn-b1", "skqn-b2"),
     "#8C6D31": ("s4qn", "ssn", "lbfgs"),
-    "#AA0000": ("smw-ng", "smw-gn", "smw-ng-bd"),
+    "#AA0000": ("smw-ng", "smw-gn", "smw-ng-bd", "smw-ng-bd-ef"),
     "#117733": ("hf", "full-ggn"),
     "#000000": ("block-fisher", "block-ef", "block-ggn", "block-hessian"),
 }
@@ -116,6 +116,19 @@ def colours(count: int) -> list[str]:
     They repeat after the eleven hues.
     """
     return list(itertools.islice(itertools.cycle(FAMILIES), count))
+
+
+def shading(most: bool = False) -> Colormap:
+    """Return the colours of a quantity, dark where it is best.
+
+    They are lightnesses of the first hue, so that they are told apart in print and by everyone.
+
+    Args:
+        most: whether it is best where it is large.
+    """
+    hue = next(iter(FAMILIES))
+    shades = ["#04283F", hue, "#7FBDE3", "#F2F8FC"]
+    return LinearSegmentedColormap.from_list("curvlab", shades[::-1] if most else shades)
 
 
 def _variations(algorithm: str) -> Iterator[LineStyle]:

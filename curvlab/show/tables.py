@@ -13,6 +13,7 @@ import xarray as xr
 from curvlab.logs import attributes
 from curvlab.logs.reading import late_cosine
 from curvlab.logs.regular import regular
+from curvlab.show.sweep_tables import best_of_sweep, points_of_sweep
 from curvlab.show.text_table import Table as Table
 
 MISSING = "–"
@@ -239,6 +240,8 @@ TABLES: dict[str, Callable[[xr.Dataset], Table]] = {
     "train_loss": epochs,
     "density": spectra,
     "tightness_low": bounds,
+    "score": best_of_sweep,
+    "state": points_of_sweep,
 }
 """{variable of the log: what tabulates it}"""
 

@@ -15,6 +15,11 @@ from pathlib import Path
 
 from curvlab.errors import CurvlabError, cause_of, warn
 
+
+class InUse(CurvlabError):
+    """An error of a place that another run writes to."""
+
+
 _held: set[int] = set()
 """Descriptors of this process's locks. A process that it forks gets copies, which would outlive
 it.
@@ -28,7 +33,8 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     The lock is a file beside it, which is gone afterwards.
 
     Raises:
-        CurvlabError: another run writes there; the folder cannot be written.
+        InUse: another run writes there.
+        CurvlabError: the folder cannot be written.
     """
     place = path.with_name(f".{path.name}.lock")
     try:
@@ -59,7 +65,7 @@ def _locked(place: Path, path: Path) -> int:
         try:
             if not _taken(held, path):
                 owner = " ".join(os.pread(held, 500, 0).decode(errors="replace").split())
-                raise CurvlabError(
+                raise InUse(
                     f"another run{owner and f' ({owner})'} writes {path}: wait for it, or choose"
                     " another folder"
                 )

@@ -41,10 +41,11 @@ def is_matrix(value: Any) -> bool:
 _STATISTICS: dict[str, Test] = {
     **dict.fromkeys(("steps", "updates", "draws", "places", "number", "part"), is_whole),
     **dict.fromkeys(("outputs", "products", "trials"), is_whole),
-    **dict.fromkeys(("damping", "lam", "used", "overall", "shift"), is_number),
+    **dict.fromkeys(("damping", "lam", "used", "overall", "shift", "start_scale"), is_number),
     **dict.fromkeys(("warmed", "ready"), is_flag),
     **dict.fromkeys(("algorithm", "kind", "stream"), is_text),
-    **dict.fromkeys(("F", "G", "Lambda", "M", "U", "V", "a", "g", "s", "v"), is_tensor),
+    **dict.fromkeys(("F", "G", "Lambda", "M", "U", "V", "a", "g", "kept_A", "kept_G"), is_tensor),
+    **dict.fromkeys(("s", "v"), is_tensor),
     **dict.fromkeys(("active", "core", "factor", "values"), is_tensor),
     **dict.fromkeys(("A", "S", "Y", "seen", "at", "solution", "start"), or_none(is_tensor)),
     **dict.fromkeys(("bases", "factors"), list_of(is_matrix)),
@@ -67,10 +68,10 @@ _STATISTICS: dict[str, Test] = {
 }  # fmt: skip
 """Tests of a curvature's state, {key: what its value must be}."""
 
-_KEPT = ("F", "G", "M", "v", "means")
+_KEPT = ("F", "G", "M", "v", "means", "kept_A", "kept_G", "Lambda")
 """Statistics that are None before the first data, and never after …"""
 
-_EARLY = (*_KEPT, "a", "active", "g", "s", "y", "Lambda", "U", "V")
+_EARLY = (*_KEPT, "a", "active", "g", "s", "y", "U", "V")
 """… and others that are None before."""
 
 _LATER = ("refreshed",)
@@ -78,11 +79,11 @@ _LATER = ("refreshed",)
 
 _TOGETHER = (
     ("A", "G"),
+    ("kept_A", "kept_G"),
     ("D", "Q_G"),
     ("s", "y"),
     ("S", "Y"),
     ("U", "V"),
-    ("U", "Lambda"),
     ("at", "minibatch"),
     ("at", "trial"),
 )

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from curvlab import datasets
 from curvlab.algorithms import followed
+from curvlab.curvature.base import with_defaults
 from curvlab.errors import CurvlabError, Diverged
 from curvlab.logs.log import Record
 from curvlab.machine import clock_of
@@ -347,9 +348,9 @@ class Training:
         group = self.optimizer.param_groups[0]
         descent = self.optimizer.descent
         descent.say_left_out()
-        record = self.meter.record(
-            scores, float(group["lr"]), float(group["damping"]), self.at, descent.left_out
-        )
+        lr, damping = float(group["lr"]), float(group["damping"])
+        used = with_defaults(descent.curvature).refreshed
+        record = self.meter.record(scores, lr, damping, self.at, descent.left_out, used)
         self.sampler.flush(self.log)
         return {**record, **self.sampler.of_epoch(self.log, self.at.steps - self.at.step)}
 

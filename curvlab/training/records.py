@@ -46,6 +46,11 @@ TRAINING_VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "lr": ((), "learning rate at the end of the epoch", "1"),
     "damping": ((), "damping at the end of the epoch", "1"),
+    "damping_used": (
+        (),
+        "damping of the inverse at the end of the epoch, after whatever rule moves it; NaN: none",
+        "1",
+    ),
     "steps": ((), "steps since the beginning", "1"),
     "pairs_left_out": (
         (),
@@ -147,6 +152,7 @@ class Meter:
         damping: float,
         at: Position,
         left_out: int = 0,
+        used: float | None = None,
     ) -> Record:
         """Return the record of the epoch that `at` stands in or at the end of.
 
@@ -158,6 +164,7 @@ class Meter:
             damping: the document's own parameter.
             at: how far the run is.
             left_out: pairs that were left out so far.
+            used: the damping that the inverse was made with.
         """
         n = len(self.blocks)
         means = (
@@ -171,6 +178,7 @@ class Meter:
             "step_norm_of_block": means[3 + n :],
             "lr": lr,
             "damping": damping,
+            "damping_used": np.nan if used is None else used,
             "steps": at.steps,
             "pairs_left_out": left_out,
             "wall_seconds": at.wall,

@@ -103,7 +103,7 @@ class MethodSettings:
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as plain values, the document's in the place of None."""
-        table = find_algorithm(self.algorithm)
+        table = find_algorithm(self.algorithm).read(self.own.get("reading"))
         known: dict[str, Any] = {"own": dict(self.own)}
         for name in (
             "lr",
