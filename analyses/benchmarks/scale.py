@@ -269,7 +269,7 @@ def share(names: Iterable[str]) -> Table:
     print("\nwork of a refresh on the busiest rank, in parts of the whole (an equal part)")
     for label, layers in PROBLEMS.items():
         for world in (2, 8, 256):
-            costs = {str(i): cubes(b) for i, b in enumerate(layers)}
+            costs = {str(i): cubes(narrow(b)) for i, b in enumerate(layers)}
             loads = [0.0] * world
             for name, rank in parallel.shares(costs, world).items():
                 loads[rank] += costs[name]
