@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.closure import Closure
-from curvlab.errors import CurvlabError, real, unknown, warn, whole
+from curvlab.errors import CurvlabError, real, shown, unknown, warn, whole
 from curvlab.forms import Form, Report
 from curvlab.interface import Interface, Mask, Outputs
 from curvlab.layers import Block, Layout, blocks
@@ -81,6 +81,10 @@ class Objective:
         seed, l2 = whole("the seed", seed, 0), real("the L2 term", l2)
         model = original(model)
         check_model(model)
+        if ranks is not None and not isinstance(ranks, Ranks):
+            raise CurvlabError(
+                f"ranks must be curvlab.parallel.Ranks, ALONE or None, not {shown(ranks)}"
+            )
         self.ranks = ranks_here() if ranks is None else ranks
         # {form: why each rank goes through the whole minibatch, "" where it does not}
         self.shareable: dict[Hashable, str] = {}

@@ -107,11 +107,13 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
 BY_HAND = {
     "benchmarks/versions.py",
     "benchmarks/recorded.py",
+    "benchmarks/scale.py",
+    "benchmarks/sweep.py",
     "foreign_models.py",
     "transformers_matrices.py",
     "your_own_language_model.ipynb",
 }
-"""Need what no test installs: the extra `foreign`."""
+"""Need what no test installs (the extra `foreign`, another checkout), or several processes."""
 
 
 def test_every_script_is_here() -> None:

@@ -481,7 +481,7 @@ def test_a_run_that_diverges_says_so_and_keeps_the_last_good_state(
         ("skqn-b2", "mu=2", "mu must be above 0 and at most 1, not 2"),
         ("skqn-b2", "seed=-1", "seed must be 0 or positive, not -1"),
         ("skqn-b2", "gamma=inf", "gamma of skqn-b2 must be a finite number, not inf"),
-        ("skqn-b2", "r1=low", "r1 of skqn-b2 must be a finite number, not 'low'"),
+        ("skqn-b2", "r1=low", "r1 of skqn-b2 must be a finite number or none, not 'low'"),
         ("skqn-l", "mu=-1", "mu must lie between 0 (no damping) and 1, not -1"),
         (
             "smw-gn",

@@ -129,7 +129,8 @@ OTHERS = (
     "spectrum",
     "training",
     "damping",
-)  # test_spectra.py, test_train.py, test_probe_damping.py
+    "landscape",
+)  # test_spectra.py, test_train.py, test_probe_damping.py, test_sweep.py
 
 
 @pytest.mark.parametrize("figure", [n for n in FIGURES if n not in OTHERS])

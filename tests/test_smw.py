@@ -5,6 +5,7 @@ rounding; the LM rule.
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -436,7 +437,20 @@ def test_damping_of_the_blocks_follows_their_model_together() -> None:
         observation,
         lambda: {b.name: torch.zeros(b.shape).double() for b in objective.blocks},
     )
-    assert curvature_of(optimizer)._ratio(transition) == pytest.approx(rho, rel=1e-10)
+    found: list[float] = []
+    curvature = curvature_of(optimizer)
+    rule = curvature.levenberg
+
+    def told(damping: float, ratio: float) -> float:
+        found.append(ratio)
+        return float(rule.adapted(damping, ratio))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curvature, "levenberg", SimpleNamespace(adapted=told))
+        held = curvature.damping
+        curvature.learn(transition)
+        curvature.damping = held
+    assert found == [pytest.approx(rho, rel=1e-10)]
     factor = 1.01 if rho < 0.25 else 0.99 if rho > 0.75 else 1.0
     assert optimizer.descent.learn(transition)
     assert optimizer.descent.curvature.damping == pytest.approx(0.001 + factor * 0.499, rel=1e-12)

@@ -255,7 +255,7 @@ def test_a_comparison_says_whose_gradients_are_squared() -> None:
     flagged = {
         name for name, a in cl.algorithms.ALGORITHMS.items() if a.labels_per("token") == "token"
     }
-    assert flagged == {"block-ef", "kfac-ef", "smw-ng"}
+    assert flagged == {"block-ef", "kfac-ef", "smw-ng", "smw-ng-bd-ef"}
     with pytest.raises(CurvlabError, match="unknown unit"):
         cl.compare(objective, [(x, y)], steps=1, unit="word")
 

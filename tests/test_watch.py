@@ -260,7 +260,10 @@ def test_the_log_of_a_plain_loop_is_that_of_a_comparison() -> None:
     ).dataset
     assert found.attrs["reference"] == "watched"
     for name in wanted.data_vars:
-        if name != "seconds":
+        if name == "damping_of_direction":  # of a watched optimizer it is not known
+            np.testing.assert_allclose(found[name][:, 1:], wanted[name][:, 1:], rtol=1e-9)
+            assert np.isnan(found[name][:, 0]).all()
+        elif name != "seconds":
             np.testing.assert_allclose(found[name], wanted[name], rtol=1e-9, atol=1e-10)
     # what the optimizer was given is the minibatch's own gradient
     np.testing.assert_allclose(found["optimizer_gradient_cosine"], 1, rtol=1e-12)

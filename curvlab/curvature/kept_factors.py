@@ -71,10 +71,11 @@ class KeptFactors(BlockDefaults):
 
     @property
     def base(self) -> tuple[Float[Tensor, "I I"], Float[Tensor, "O O"]]:
-        """Â and G̃."""
-        assert self.kept_A is not None
-        assert self.kept_G is not None
-        return self.kept_A, self.kept_G
+        """Â and G̃; before the first refresh the averages themselves."""
+        A, G = (self.A, self.G) if self.kept_A is None else (self.kept_A, self.kept_G)
+        assert A is not None
+        assert G is not None
+        return A, G
 
     def _kfac(self, G: Float[Tensor, "O O"]) -> Kfac:
         """Return KFAC of Â and G."""

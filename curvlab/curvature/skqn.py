@@ -178,14 +178,12 @@ class SkqnL(KeptFactors):
 
     def matrix(self, damping: float = 0.0) -> Operator:
         """Return B + λI, an approximation of the Hessian; Λ⁰ as at the last refinement."""
-        assert self.S is not None
-        assert self.Y is not None
         A, G = self.base
         (a, basis_a), (g, basis_g) = self._eigen_of("A", A), self._eigen_of("G", G)
         more_a, more_g = pi_split(A, G, damping) if self.split else (0.0, 0.0)
         shift = self.start_scale + (0.0 if self.split else damping)
         base = Diagonal(torch.outer(g + more_g, a + more_a).flatten() + shift)  # H̃
-        bases, count = (basis_g, basis_a), len(self.S)
+        bases, count = (basis_g, basis_a), 0 if self.S is None else len(self.S)
         if not count:
             return Rotated(bases, base)
         rows = self._rows(bases)
@@ -361,8 +359,7 @@ class SkqnB(KeptFactors):
     @property
     def _refined(self) -> Float[Tensor, "O O"]:
         G = self.base[1]
-        assert self.Lambda is not None
-        return (G + self.Lambda).to(G.dtype)  # (18)
+        return G if self.Lambda is None else (G + self.Lambda).to(G.dtype)  # (18)
 
     def _secant(self, before: LayerStatistics, after: LayerStatistics, move: Move) -> None:
         U, V = self.condition.look(before, after, move)  # Alg. 1, line 5
