@@ -491,6 +491,7 @@ def ended(process: subprocess.Popen[str], code: int = 0) -> str:
     return error
 
 
+@pytest.mark.slow
 def test_a_worker_of_this_machine_gives_the_same_bits(here: Path, whole: SweepRun) -> None:
     """By `curvlab.sweep`: as in one process; the worker finds the user's module, and may fork."""
     run = cl.sweep(
