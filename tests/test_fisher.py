@@ -399,3 +399,5 @@ def test_kept_rows_need_damping_and_memory(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("curvlab.errors._memory", lambda: 100)
     with pytest.raises(cl.CurvlabError, match=r"Gram matrix of 4 rows of block 1.*smaller mini"):
         kept.fold(rows, 0.5, "block 1")
+    assert kept.weights == [1.0]  # nothing is half taken
+    assert len(kept.parts) == 1

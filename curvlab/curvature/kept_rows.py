@@ -46,26 +46,25 @@ class KeptRows:
         Raises:
             CurvlabError: the Gram matrix would not fit into the memory; `what` names the block.
         """
-        self.weights = [w * (1 - weight) for w in self.weights] + [weight]
-        self.parts.append(rows)
-        gone = 0
-        while 1 - math.fsum(self.weights[gone + 1 :]) < LEFT_OUT:  # all weights together are 1
+        weights = [*(w * (1 - weight) for w in self.weights), weight]
+        parts, gone = [*self.parts, rows], 0
+        while 1 - math.fsum(weights[gone + 1 :]) < LEFT_OUT:  # all weights together are 1
             gone += 1
-        first = sum(len(p) for p in self.parts[:gone])
-        self.parts, self.weights = self.parts[gone:], self.weights[gone:]
-        count = sum(len(p) for p in self.parts)
-        guard_memory(
+        first = sum(len(p) for p in parts[:gone])
+        parts, weights = parts[gone:], weights[gone:]
+        count = sum(len(p) for p in parts)
+        guard_memory(  # before anything is taken
             4 * count**2 * rows.g.element_size(),
             f"the Gram matrix of {count} rows of {what}, and its factor,",
             "use smaller minibatches, a shorter moving average, or smw-ng-bd",
         )
-        new = torch.cat([products_of_rows(p, rows) for p in self.parts])
+        new = torch.cat([products_of_rows(p, rows) for p in parts])
         if self.gram is None:
             self.gram = new
-            return
-        old = self.gram[first:, first:]
-        above = torch.cat([old, new[: len(old)]], 1)
-        self.gram = torch.cat([above, new.mT])
+        else:
+            old = self.gram[first:, first:]
+            self.gram = torch.cat([torch.cat([old, new[: len(old)]], 1), new.mT])
+        self.parts, self.weights = parts, weights
 
     def rows(self) -> Below:
         """Return the rows times the roots of their weights, so that F = RᵀR; nothing is copied."""
