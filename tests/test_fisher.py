@@ -23,6 +23,7 @@ from curvlab.exact import Kind
 from curvlab.linalg.woodbury import Below, Rows
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass
+from curvlab.training.descent_contents import check_descent
 
 KIND: dict[Pass, Kind] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
 LABELS = list(KIND)
@@ -357,6 +358,23 @@ def test_kept_rows_are_the_dense_matrix(
         expected = cast(DenseFisher, dense.blocks[block.name]).matrix().dense()
         assert_inverts(kept, block.name, expected)
         assert_inverts(again, block.name, expected)
+
+
+def test_a_checkpoint_with_kept_rows_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run writes is taken again; rows without their Gram matrix are not."""
+    monkeypatch.setattr("curvlab.curvature.fisher.by_rows", lambda statistics: True)
+    monkeypatch.setattr("curvlab.curvature.fisher.warn", lambda line: None)
+    p = problem("tanh")
+    objective = p.objective()
+    optimizer = cl.optimizer("block-fisher", objective, lr=0.1, damping=0.1)
+    for x, y in batches(p, 3):
+        optimizer.step(objective.closure(x, y))
+    state = optimizer.descent.state_dict()
+    fresh = cl.optimizer("block-fisher", p.objective(), lr=0.1, damping=0.1).descent.state_dict()
+    check_descent(state, fresh, objective.blocks, True)
+    state["curvature"]["blocks"]["1"]["memory"]["F"]["gram"] = torch.eye(2).double()
+    with pytest.raises(cl.CurvlabError, match="not on its active inputs"):
+        check_descent(state, fresh, objective.blocks, True)
 
 
 def test_old_rows_are_left_out_when_they_hardly_count() -> None:

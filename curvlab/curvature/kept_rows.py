@@ -93,8 +93,8 @@ class KeptRows:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""
         return {
-            "g": [p.g for p in self.parts],
-            "a": [p.a for p in self.parts],
+            "rows_g": [p.g for p in self.parts],
+            "rows_a": [p.a for p in self.parts],
             "weights": list(self.weights),
             "gram": self.gram,
         }
@@ -102,5 +102,5 @@ class KeptRows:
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> KeptRows:
         """Return what `state` was of."""
-        parts = [Rows(g, a) for g, a in zip(state["g"], state["a"], strict=True)]
+        parts = [Rows(g, a) for g, a in zip(state["rows_g"], state["rows_a"], strict=True)]
         return cls(parts, list(state["weights"]), state["gram"])

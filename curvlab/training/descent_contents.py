@@ -44,8 +44,12 @@ _STATISTICS: dict[str, Test] = {
     **dict.fromkeys(("damping", "lam", "used", "overall", "shift", "start_scale"), is_number),
     **dict.fromkeys(("warmed", "ready"), is_flag),
     **dict.fromkeys(("algorithm", "kind", "stream"), is_text),
-    **dict.fromkeys(("F", "G", "Lambda", "M", "U", "V", "a", "g", "kept_A", "kept_G"), is_tensor),
-    **dict.fromkeys(("s", "v"), is_tensor),
+    **dict.fromkeys(("G", "Lambda", "M", "U", "V", "a", "g", "kept_A", "kept_G"), is_tensor),
+    **dict.fromkeys(("s", "v", "gram"), is_tensor),
+    "F": is_matrix,  # or the rows that are kept in its place
+    "rows_g": list_of(is_tensor),
+    "rows_a": list_of(or_none(is_tensor)),
+    "weights": list_of(is_number),
     **dict.fromkeys(("active", "core", "factor", "values"), is_tensor),
     **dict.fromkeys(("A", "S", "Y", "seen", "at", "solution", "start"), or_none(is_tensor)),
     **dict.fromkeys(("bases", "factors"), list_of(is_matrix)),
@@ -156,10 +160,15 @@ def _check_blocks(saved: Mapping[str, Any], numels: Mapping[str, int], ready: bo
             _try_operator(block["inverse"], f"the inverse of block {name}")
 
 
-def _on(F: Tensor, active: Tensor | None, numel: int) -> bool:
-    """Return whether a second moment is in full, or packed on the pairs of these inputs."""
+def _on(F: Any, active: Tensor | None, numel: int) -> bool:
+    """Return whether a second moment is in full, packed on these inputs' pairs, or by its rows."""
+    if isinstance(F, Mapping):
+        keys(F, ("rows_g", "rows_a", "weights", "gram"), "the rows of a matrix")
+        counts = [len(g) for g in F["rows_g"]]
+        alike = len(counts) == len(F["rows_a"]) == len(F["weights"])
+        return alike and tuple(F["gram"].shape) == (sum(counts), sum(counts))
     if active is None:
-        return F.shape == (numel, numel)
+        return tuple(F.shape) == (numel, numel)
     return (
         active.dim() == 1
         and active.dtype == torch.int64
