@@ -24,6 +24,28 @@ Mask = str | Callable[[Any], Any] | None
 """The name of a tensor in the inputs, or a function of the inputs, [N, T]: 0 at padding."""
 
 
+def _named(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+_WANTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "outputs": (
+        lambda value: _named(value) or callable(value),
+        "the name of a field, or a function of the outputs",
+    ),
+    "labels": (
+        lambda value: _named(value) or (isinstance(value, int) and not isinstance(value, bool)),
+        "a key, or a position",
+    ),
+    "mask": (
+        lambda value: value is None or _named(value) or callable(value),
+        "the name of a tensor in the inputs, or a function of the inputs",
+    ),
+    "shared": (lambda value: isinstance(value, tuple | list | set), "a list of names"),
+}
+"""{field of an `Interface`: (whether a value can be it, what it must be)}"""
+
+
 @dataclass(frozen=True)
 class Interface:
     """What of a minibatch are the labels, and what of the model's outputs the likelihood takes.
@@ -42,26 +64,12 @@ class Interface:
     mask: Mask = None
 
     def __post_init__(self) -> None:
-        for name, value, wanted in (
-            ("outputs", self.outputs, "the name of a field, or a function of the outputs"),
-            ("labels", self.labels, "a key, or a position"),
-        ):
-            fits = isinstance(value, str) or (
-                callable(value)
-                if name == "outputs"
-                else isinstance(value, int) and not isinstance(value, bool)
-            )
-            if not fits or value == "":
+        for name, (fits, wanted) in _WANTED.items():
+            value = getattr(self, name)
+            if not fits(value):
                 raise CurvlabError(f"{name} must be {wanted}, not {shown(value)}")
-        if not (self.mask is None or callable(self.mask)) and (
-            not isinstance(self.mask, str) or not self.mask
-        ):
-            wanted = "the name of a tensor in the inputs, or a function of the inputs"
-            raise CurvlabError(f"mask must be {wanted}, not {shown(self.mask)}")
-        if isinstance(self.shared, str) or not isinstance(self.shared, tuple | list | set):
-            raise CurvlabError(f"shared must be a list of names, not {shown(self.shared)}")
         for name in self.shared:
-            if not isinstance(name, str) or not name:
+            if not _named(name):
                 raise CurvlabError(f"shared must be a list of names, not of {shown(name)}")
 
     def apart(self, batch: Any) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvlab as cl
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import KINDS
+from curvlab.interface import Interface
 from curvlab.nests import Nest, call_arguments
 
 N, P, Q, C = 6, 4, 3, 3
@@ -365,3 +366,27 @@ def test_a_nest_stands_where_a_tensor_would() -> None:
     assert call_arguments(Nest((torch.ones(2), torch.zeros(2))))[0][1].tolist() == [0, 0]
     with pytest.raises(TypeError):
         list(x)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("outputs", "", "outputs must be the name of a field, or a function of the outputs"),
+        ("outputs", 3, "outputs must be the name of a field, or a function of the outputs, not 3"),
+        ("labels", "", "labels must be a key, or a position, not ''"),
+        ("labels", True, "labels must be a key, or a position, not True"),
+        ("mask", "", "mask must be the name of a tensor in the inputs, or a function"),
+        ("mask", 1, "mask must be the name of a tensor in the inputs, or a function"),
+        ("shared", "table", "shared must be a list of names, not 'table'"),
+        ("shared", ["table", ""], "shared must be a list of names, not of ''"),
+    ],
+)
+def test_what_cannot_be_a_part_of_an_interface_is_said(field: str, value: Any, said: str) -> None:
+    with pytest.raises(CurvlabError, match=f"^{re.escape(said)}"):
+        Interface(**{field: value})
+
+
+def test_what_can_be_a_part_of_an_interface_is_taken() -> None:
+    kept = Interface(labels=-1, outputs=len, shared=("table",), mask=len)
+    assert kept.labels == -1
+    assert Interface(labels="y", outputs="logits", mask="attention_mask").mask == "attention_mask"
