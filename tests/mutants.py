@@ -1,12 +1,13 @@
 """Do the thinned tests kill as many faults as all their cases? Seeded mutants of the code.
 
+    pip install pytest-cov
     python tests/mutants.py [--count 30] [--seed 0] [--files test_contract.py] [--out FILE.json]
 
 A mutant is one change of an operator, a comparison, a number, a sign or a transpose in a function
-of `MODULES`. It runs against the tests that are thinned (`thinned(k)`): first the cases of every
-day, up to the first failure; where none fails the others too, which are a superset only together
-with them. So a mutant that the first kill both kill. Prints a line a mutant and both sums. Minutes
-a mutant that lives.
+of `MODULES`. All thinned tests (`thinned(k)`) run once with the lines noted that each case goes
+through. A mutant runs against the cases that go through its statement, and no others: first those
+of every day, up to the first failure; where none fails the others too. So a mutant that the first
+kill both kill. Prints a line a mutant and both sums.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from coverage import CoverageData
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -62,9 +65,10 @@ OPERATORS = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of the text: what lies from `start` to `end` becomes `new`."""
+    """One change of the text, of a statement in `lines`: from `start` to `end` becomes `new`."""
 
     path: str
+    lines: range
     line: int
     start: int
     end: int
@@ -91,17 +95,20 @@ def mutants(path: Path) -> Iterator[Mutant]:
         end = at(right.lineno, right.col_offset)
         gap = text[start:end].strip()
         if gap in ("+", "-", "*", "/", "<", ">", "<=", ">=", "==", "!="):
-            yield Mutant(name, left.end_lineno or 0, start, end, f" {new} ")
+            yield Mutant(name, lines, left.end_lineno or 0, start, end, f" {new} ")
 
     name = str(path.relative_to(ROOT / "curvlab"))
     inside = [
         statement
         for function in ast.walk(ast.parse(text))
         if isinstance(function, ast.FunctionDef)
-        for statement in function.body
-    ]
+        for body in function.body
+        for statement in ast.walk(body)
+        if isinstance(statement, ast.stmt)
+    ]  # outer ones before inner ones, which take their places in `found`
     found: dict[tuple[int, int, str], Mutant] = {}
     for statement in inside:
+        lines = range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)
         for node in ast.walk(statement):
             some: Iterator[Mutant] = iter(())
             if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
@@ -110,29 +117,68 @@ def mutants(path: Path) -> Iterator[Mutant]:
                 some = between(node.left, node.comparators[0], OPERATORS[type(node.ops[0])])
             elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
                 start = at(node.lineno, node.col_offset)
-                some = iter([Mutant(name, node.lineno, start, start + 1, "+")])
+                some = iter([Mutant(name, lines, node.lineno, start, start + 1, "+")])
             elif isinstance(node, ast.Attribute) and node.attr in ("mT", "T"):
                 start = at(node.value.end_lineno or 0, node.value.end_col_offset or 0)
                 end = at(node.end_lineno or 0, node.end_col_offset or 0)
-                some = iter([Mutant(name, node.lineno, start, end, "")])
+                some = iter([Mutant(name, lines, node.lineno, start, end, "")])
             elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
                 start = at(node.lineno, node.col_offset)
                 end = at(node.end_lineno or 0, node.end_col_offset or 0)
                 new = (
                     "1" if node.value == 0 else "0" if node.value == 1 else f"({node.value!r} * 2)"
                 )
-                some = iter([Mutant(name, node.lineno, start, end, new)])
+                some = iter([Mutant(name, lines, node.lineno, start, end, new)])
             for mutant in some:
                 found[mutant.start, mutant.end, mutant.new] = mutant
     yield from (found[key] for key in sorted(found))
 
 
-def failing(package: Path, marks: str, tests: list[str]) -> str | None:
-    """Return the first test that fails with the package that lies there; None: all pass."""
+def cases_by_line(
+    paths: list[Path], tests: list[str], folder: Path
+) -> dict[str, dict[int, set[str]]]:
+    """Return {module: {line: cases that go through it}}, of all cases of the thinned tests.
+
+    What a fixture goes through counts for every case of the test that was its first.
+    """
+    noted = folder / "coverage"
+    (folder / "coveragerc").write_text(
+        "[run]\ninclude =\n" + "".join(f"    {path}\n" for path in paths)
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "thinned"]
+    told = ["--cov", "--cov-context=test", "--cov-report=", f"--cov-config={folder / 'coveragerc'}"]
+    subprocess.run(
+        [*command, *told, *tests],
+        cwd=HERE,
+        env=os.environ | {"COVERAGE_FILE": str(noted), "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    found: dict[str, dict[int, set[str]]] = {}
+    data = CoverageData(str(noted))
+    data.read()
+    for path in paths:
+        by_line = data.contexts_by_lineno(str(path)) if str(path) in data.measured_files() else {}
+        found[str(path.relative_to(ROOT / "curvlab"))] = {
+            line: {
+                case.partition("[")[0] if when == "setup" else case
+                for case, _, when in (context.rpartition("|") for context in contexts)
+                if case
+            }
+            for line, contexts in by_line.items()
+        }
+    return found
+
+
+def failing(package: Path, marks: str, cases: Collection[str]) -> str | None:
+    """Return the first of the cases that fails with the package that lies there; None: all pass."""
+    if not cases:
+        return None
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n0"]
     here = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+    chosen = package / "cases"
+    chosen.write_text("".join(f"{case}\n" for case in sorted(cases)))
     ran = subprocess.run(
-        [*command, "-m", marks, *tests],
+        [*command, "-m", marks, f"@{chosen}"],
         cwd=package,
         env=here,
         capture_output=True,
@@ -141,14 +187,13 @@ def failing(package: Path, marks: str, tests: list[str]) -> str | None:
     if ran.returncode in (0, 5):  # 5: no such test
         return None
     lines = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return lines[0].split(" - ")[0] if lines else f"exit {ran.returncode}"
+    return lines[0].split(" - ")[0] if lines else f"exit {ran.returncode}: {ran.stderr[-300:]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--skip", type=int, default=0, help="of the drawn mutants, the first")
     parser.add_argument(
         "--files", nargs="+", help="of tests; all that have thinned ones by default"
     )
@@ -161,25 +206,30 @@ def main() -> None:
     every = [mutant for path in places for mutant in mutants(path)]
     drawn = random.Random(options.seed).sample(every, options.count)
     print(f"{len(every)} mutants of {len(places)} modules; {len(tests)} files of thinned tests")
+    with tempfile.TemporaryDirectory() as noted:
+        touched = sorted({ROOT / "curvlab" / mutant.path for mutant in drawn})
+        through = cases_by_line(touched, tests, Path(noted))
     rows = []
-    for number, mutant in enumerate(drawn[options.skip :], options.skip):
+    for number, mutant in enumerate(drawn):
+        by_line = through[mutant.path]
+        cases = set().union(*(by_line.get(line, set()) for line in mutant.lines))
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder)
             shutil.copytree(ROOT / "curvlab", package / "curvlab")
             shutil.copytree(ROOT / "tests", package / "tests")
             for other in ("analyses", "data", "docs", "pyproject.toml", "README.md"):
                 (package / other).symlink_to(ROOT / other)
-            own = [str(package / "tests" / test) for test in tests]
             file = package / "curvlab" / mutant.path
             text = file.read_text()
             old = text[mutant.start : mutant.end].strip()
             file.write_text(mutant.applied(text))
-            daily = failing(package, "thinned and not slow", own)
-            whole = daily or failing(package, "thinned and slow", own)
+            daily = failing(package, "thinned and not slow", cases)
+            whole = daily or failing(package, "thinned and slow", cases)
         word = "killed by both" if daily else "KILLED BY THE WHOLE ALONE" if whole else "lives"
         what = f"{mutant.path}:{mutant.line}: {old!r} → {mutant.new.strip()!r}"
-        print(f"{number:3d} {what}: {word} {(daily or whole or '')[-90:]}", flush=True)
-        rows.append({"mutant": what, "daily": daily, "whole": whole})
+        by = f"of {len(cases)} cases {(daily or whole or '')[-90:]}"
+        print(f"{number:3d} {what}: {word} {by}", flush=True)
+        rows.append({"mutant": what, "cases": len(cases), "daily": daily, "whole": whole})
         if options.out:
             options.out.write_text(json.dumps(rows, indent=1))
     killed = [sum(row[which] is not None for row in rows) for which in ("daily", "whole")]
