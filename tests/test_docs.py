@@ -24,7 +24,7 @@ from curvlab.datasets import DATASETS
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
-from curvlab.reproduction import scripts
+from curvlab.reproduction import load_script, scripts
 from curvlab.reproduction.index import FOLDERS
 from curvlab.show.figures import FIGURES
 from curvlab.spectra import SPECTRUM_VARIABLES as OF_SPECTRA
@@ -129,6 +129,99 @@ def test_the_gallery_has_every_name_and_every_claim_of_a_run() -> None:
         assert all(
             (ROOT / "analyses" / "figures" / picture).is_file() for picture in found["pictures"]
         ), name
+
+
+# ---- fidelity
+
+
+def test_every_number_of_the_documents_is_in_one_of_two_tables_once() -> None:
+    """Reported numbers of all scripts, by another route than the tables': sets of what is said."""
+    beside = tables.TABLES["reported-measured"]().rows
+    alone = tables.TABLES["reported-unmeasured"]().rows
+    said = [(row[1], row[2], row[3]) for row in beside]
+    for _, problem, _, numbers, _ in alone:
+        said += [(problem, *each.rsplit(" ", 1)) for each in numbers.split("; ")]
+    assert len(said) == len(set(said))
+    expected = {
+        (problem, label, f"{number:.2f}")
+        for name in scripts()
+        for problem, each in getattr(
+            getattr(load_script(name), "reported", None), "numbers", {}
+        ).items()
+        for label, number in each.items()
+    }
+    assert set(said) == expected
+    assert beside
+    assert alone
+
+
+def test_ours_stands_beside_theirs_where_the_settings_are_the_same_alone() -> None:
+    beside = {
+        (row[1], row[2]): (row[3], row[4]) for row in tables.TABLES["reported-measured"]().rows
+    }
+    assert beside["MNIST", "K-BFGS"] == ("51.60", "61.0")
+    assert ("MNIST", "K-BFGS-20") not in beside, "ours is at the values of another table"
+    chapter_2, chapter_3 = (load_script(name) for name in ("figure-2.2", "figure-3.1"))
+    assert tables.settings(chapter_2, "MNIST", "K-BFGS") != tables.settings(
+        chapter_3, "MNIST", "K-BFGS-20"
+    )
+    assert tables.settings(chapter_2, "MNIST", "SGD-m") != tables.settings(
+        chapter_3, "MNIST", "SGD-m"
+    )
+
+
+def test_numbers_are_of_names_that_there_are_and_those_of_the_pages() -> None:
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (DOCS / "results" / "training.md").read_text().splitlines()
+        if line.startswith("| `")
+    ]
+    with_numbers = {name: found for name, found in tables.measured().items() if "numbers" in found}
+    assert with_numbers
+    for name, found in with_numbers.items():
+        assert found.keys() <= {
+            "measured", "pictures", "extent", "numbers", "published_extent", "published"
+        }  # fmt: skip
+        figure = load_script(name)
+        assert found["numbers"].keys() == found["extent"].keys() <= set(figure.problems)
+        published = found.get("published", {})
+        assert published.keys() == found.get("published_extent", {}).keys()
+        for problem, numbers in found["numbers"].items():
+            assert published.get(problem, {}).keys() <= numbers.keys() <= figure.methods.keys()
+            for label, number in numbers.items():
+                method = figure.methods[label]
+                key = re.escape(f"`{method.algorithm}`")
+                amortized = "T = 20" in label
+                values = [f"{v:g}" for v in method.on(problem) if v]
+                assert any(
+                    re.match(key, row[0])
+                    and ("T = 20" in row[0]) == amortized
+                    and [f"{float(v):g}" for v in row[1:3] if v != "–"] == values
+                    and f"{number:.1f}" in row[3:]
+                    for row in rows
+                    if len(row) > 4 and re.match(r"[\d.e-]+$", row[1])
+                ), (problem, label, number)
+
+
+OF_CALLS = {"lr", "damping", "labels", "momentum_kind", "double_grad", "schedule"}
+
+
+def test_the_other_reading_has_a_name_that_there_is() -> None:
+    text = (DOCS / "fidelity.md").read_text()
+    start = text.index("| where | printed |")
+    lines = text[start : text.index("\n\n", start)].splitlines()[2:]
+    assert len(lines) > 30
+    options = {option for a in ALGORITHMS.values() for option in a.options} | OF_CALLS
+    named = 0
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        assert len(cells) == 5, line
+        for code in re.findall(r"`([^`]+)`", " ".join(cells[3:])):
+            name, is_option, _ = code.partition("=")
+            known = options if is_option else {*ALGORITHMS, *MODELS, "tnt-even"}
+            assert name in known, (line, code)
+            named += 1
+    assert named > 30
 
 
 def test_the_table_of_modules_is_the_folder() -> None:

@@ -35,8 +35,9 @@ AT_MOST = dict.fromkeys((*SLOW, *ALIKE), 10)
 FIGURE = Comparison(
     shows="autoencoders of MNIST and CURVES by every applicable method, at the documents' values",
     claim=(
-        "K-BFGS and K-BFGS(L) outperform KFAC, and all of them the first-order methods (chapters 2"
-        " and 3)"
+        "our algorithms clearly outperformed the first-order methods, except for RMSprop/Adam on"
+        " CURVES … and performed comparably to KFAC (2.8.1); our proposed methods performed"
+        " similarly to KFAC, particularly when amortization was used (3.7.1)"
     ),
     problems=["MNIST", "CURVES"],
     batch=1000,
@@ -73,9 +74,15 @@ FIGURE = Comparison(
     cpu=Extent(epochs={"MNIST": 5, "CURVES": 100}, tests=0, evaluated=10_000, at_most=AT_MOST),
     paper=Extent(seconds=DOCUMENT_SECONDS),
     claims=[
-        Claim("K-BFGS and K-BFGS(L) outperform KFAC in epochs", ["K-BFGS", "K-BFGS(L)"], ["KFAC"]),
         Claim(
-            "and all of them the first-order methods",
+            "K-BFGS and K-BFGS(L) perform similarly to KFAC in epochs",
+            ["K-BFGS", "K-BFGS(L)"],
+            ["KFAC"],
+            within=0.1,
+            alike=True,
+        ),
+        Claim(
+            "all three outperform the first-order methods",
             ["K-BFGS", "K-BFGS(L)", "KFAC"],
             ["SGD-m", "Adam", "RMSprop"],
         ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 import ast
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from curvlab.models import MODELS
 from curvlab.probes import PROBES, Variable
 from curvlab.probes.costs import COST_MODELS as OF_COSTS
 from curvlab.probes.costs import COSTS
-from curvlab.reproduction import load_script, scripts
+from curvlab.reproduction import Comparison, load_script, scripts
 from curvlab.spectra import SPECTRUM_VARIABLES as OF_SPECTRA
 from curvlab.training.records import TRAINING_VARIABLES as OF_TRAINING
 from curvlab.training.schedules import SCHEDULES
@@ -36,6 +36,7 @@ PICTURES = "../analyses/figures"
 """As seen from the pages of `docs/`."""
 
 NOT_RUN = "not run yet"
+NOT_MEASURED = "not measured"
 
 
 class Code(str):
@@ -173,6 +174,81 @@ def _gallery(folder: str, chosen: Callable[[str], bool] = lambda name: True) -> 
     )
 
 
+def _numbers(kind: str) -> Iterator[tuple[str, str, str, float, str]]:
+    """(name, problem, label, number, of what) of all results that have `kind` of numbers."""
+    for name, found in measured().items():
+        numbers = found.get(kind, {})
+        extent = found.get("extent" if kind == "numbers" else f"{kind}_extent", {})
+        assert isinstance(numbers, dict)
+        assert isinstance(extent, dict)
+        for problem, of_labels in numbers.items():
+            for label, number in of_labels.items():
+                yield name, problem, label, number, extent[problem]
+
+
+def settings(figure: Comparison, problem: str, label: str) -> dict[str, object]:
+    """Whatever makes two runs one, but for their length."""
+    method = figure.methods[label]
+    return method.arguments(problem) | {
+        "problem": problem,
+        "batch size": method.batch or figure.batch,
+        "l2": figure.l2,
+    }
+
+
+def reported() -> Iterator[tuple[str, Comparison, str, str, float]]:
+    """(name, figure, problem, label, number) of all that documents report, each of them once."""
+    seen = set()
+    for name in sorted(scripts(), key=lambda name: not name.startswith("table")):
+        figure = load_script(name)
+        if not isinstance(figure, Comparison):
+            continue
+        for problem, of_labels in figure.reported.numbers.items():
+            for label, number in of_labels.items():
+                key = problem, label, number, str(settings(figure, problem, label))
+                if key not in seen:
+                    yield name, figure, problem, label, number
+                seen.add(key)
+
+
+def _reported(measured_here: bool) -> Table:
+    """The documents' numbers: beside ours of the same method at the same values, or without."""
+    ours = [
+        (settings(load_script(name), problem, label), number, extent)
+        for name, problem, label, number, extent in _numbers("numbers")
+    ]
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, figure, problem, label, number in reported():
+        same = [
+            (f"{value:.1f}", extent)
+            for set_to, value, extent in ours
+            if set_to == settings(figure, problem, label) and not figure.reported.accuracies
+        ]
+        if measured_here:
+            for value, extent in same:
+                rows[name, problem, label, f"{number:.2f}", value, extent] = []
+        elif not same:
+            key = name, problem, figure.reported.what
+            rows.setdefault(key, []).append(f"{label} {number:.2f}")
+    if measured_here:
+        columns = ["table", "problem", "method", "lowest loss reported", "loss here", "here: after"]
+        return Table(columns, [[Code(name), *rest] for name, *rest in rows])
+    return Table(
+        ["table", "problem", "what is reported", "the document's", "here"],
+        [[Code(key[0]), *key[1:], "; ".join(each), NOT_MEASURED] for key, each in rows.items()],
+    )
+
+
+def _published() -> Table:
+    ours = {tuple(what): number for *what, number, _ in _numbers("numbers")}
+    rows = [
+        [what[1], what[2], f"{number:.1f}", f"{here:.1f}", f"{100 * (here / number - 1):+.1f} %"]
+        for *what, number, _ in _numbers("published")
+        for here in [ours[tuple(what)]]
+    ]
+    return Table(["problem", "method", "published", "here", "difference"], rows)
+
+
 def chapter(number: int) -> Callable[[str], bool]:
     return lambda name: name.partition("-")[2].startswith(f"{number}.")
 
@@ -255,6 +331,9 @@ TABLES: dict[str, Callable[[], Table]] = {
     "gallery-2021": lambda: _gallery("kfqn_cnn"),
     "gallery-all": lambda: _gallery("all_methods"),
     "gallery-recent": lambda: _gallery("recent"),
+    "reported-measured": lambda: _reported(True),
+    "reported-unmeasured": lambda: _reported(False),
+    "published": _published,
     "modules": _modules,
 }
 """{name of the directive's argument: the table}"""
