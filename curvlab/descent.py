@@ -16,6 +16,7 @@ from curvlab.divergence import broken, named
 from curvlab.errors import CurvlabError, Diverged
 from curvlab.finite import all_short, waits
 from curvlab.groups import Ownership, check_weight_decay
+from curvlab.layers import Block
 from curvlab.momentum import Momentum, MomentumKind
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
@@ -138,16 +139,24 @@ class Descent:
     ) -> dict[str, Tensor]:
         """Return p + γ W, γ of each parameter or of all."""
         parameters, found = self.objective.parameters, dict(p)
+        whole: dict[float, list[Block]] = {}  # blocks of one parameter, by its rate
         with torch.no_grad():
             for block in self.objective.blocks:
                 rates = {
                     name: decay(parameters[name]) if callable(decay) else decay
                     for name in block.params
                 }
+                if len(rates) == 1:
+                    whole.setdefault(rates[block.params[0]], []).append(block)
+                    continue
                 found[block.name] = out = p[block.name].new_empty(block.shape)
                 into = block.scatter(out)  # views, since it is contiguous
                 for name, part in block.scatter(p[block.name]).items():
                     torch.add(part, parameters[name], alpha=rates[name], out=into[name])
+            for rate, blocks in whole.items():
+                each = [p[b.name] for b in blocks], [b.gather(parameters) for b in blocks]
+                added = torch._foreach_add(*each, alpha=rate)
+                found |= {b.name: new for b, new in zip(blocks, added, strict=True)}
         return found
 
     @property

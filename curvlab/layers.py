@@ -149,7 +149,8 @@ class Block:
         Views where possible; `batch` leading axes stay.
         """
         leading = value.shape[:batch]
-        value = value.reshape((*leading, *self.shape))
+        if value.shape[batch:] != self.shape:
+            value = value.reshape((*leading, *self.shape))
         if self.layer is None:
             return {self.params[0]: value}
         weight = value[..., :-1] if self.biased else value

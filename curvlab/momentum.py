@@ -57,16 +57,20 @@ class Momentum:
             return gradients
         adds = self.kind in ("add", "directions")
         new = 1.0 if adds else 1 - self.beta
-        for name, g in gradients.items():
-            old = self.buffers.get(name)
-            if old is None:
-                self.buffers[name] = g * new
-            elif adds:
-                self.buffers[name] = torch.add(g, old, alpha=self.beta)
-            else:
-                self.buffers[name] = old.lerp(g, new)
+        known = [name for name in gradients if name in self.buffers]
+        if known:
+            old, each = [self.buffers[n] for n in known], [gradients[n] for n in known]
+            moved = (
+                torch._foreach_add(each, old, alpha=self.beta)
+                if adds
+                else torch._foreach_lerp(old, each, new)
+            )
+            self.buffers |= dict(zip(known, moved, strict=True))
+        self.buffers |= {n: g * new for n, g in gradients.items() if n not in self.buffers}
         if self.kind == "nesterov":
-            return {n: torch.lerp(gradients[n], b, self.beta) for n, b in self.buffers.items()}
+            fresh = [gradients[name] for name in self.buffers]
+            ahead = torch._foreach_lerp(fresh, list(self.buffers.values()), self.beta)
+            return dict(zip(self.buffers, ahead, strict=True))
         if self.kind != "corrected":
             return dict(self.buffers)
         return {name: b / (1 - self.beta**self.steps) for name, b in self.buffers.items()}

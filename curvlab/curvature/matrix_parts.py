@@ -51,12 +51,13 @@ class MatrixPart(Protocol):
 class Straight(Protocol):
     """A part that makes the direction of the momentum heeded last without its operator."""
 
-    def write(self, out: Float[Tensor, "O I"]) -> None:
-        """Write the direction into `out`, [O, I], which may be columns of a larger tensor."""
+    @property
+    def direction(self) -> Float[Tensor, "O I"]:
+        """The direction, which nobody writes into."""
 
     @staticmethod
     def together(parts: Sequence[Any]) -> None:
-        """Do for several together what is cheaper so; `write` is called after it."""
+        """Do for several together what is cheaper so; `direction` is asked for after it."""
 
 
 def is_vector(block: Block) -> bool:
@@ -100,7 +101,8 @@ class WithDiagonal(BlockDefaults):
         self._estimating, self._straight = estimating, straight
         self._heeded: Tensor | None = None  # the momentum, where there is a straight way
         self.rest: Tensor | None = None  # v of what is no matrix
-        self._of_rest: Operator | None = None  # diag(1 / (√v + ε))
+        self._of_rest: Operator | None = None  # diag(1 / (√v + ε)), unless it is still to be made
+        self._to_invert: tuple[Tensor, float] | None = None  # of these v and λ
         if part is None:
             _log.info("%s goes by Adam's diagonal", block)
 
@@ -148,14 +150,12 @@ class WithDiagonal(BlockDefaults):
         """Return the direction of the momentum heeded last, the weight's by its straight way."""
         if self._straight is None or momentum is not self._heeded:
             return None
-        out = momentum.new_empty(momentum.shape)
-        weight, rest = self._apart(out)
-        assert weight is not None
-        self._straight.write(weight)
-        if rest is not None:
-            assert self._of_rest is not None
-            rest.copy_(self._of_rest @ momentum[:, -1])
-        return out
+        weight = self._straight.direction
+        if not self.block.biased:
+            return weight.reshape(momentum.shape)
+        diagonal = self._inverse_of_rest()
+        assert diagonal is not None
+        return torch.cat([weight, (diagonal @ momentum[:, -1])[:, None]], 1)
 
     @staticmethod
     def together(blocks: Sequence[Any]) -> None:
@@ -171,14 +171,16 @@ class WithDiagonal(BlockDefaults):
     def inverse(self) -> Operator:
         """The part's operator beside the diagonal; AttributeError before the first refresh."""
         if self.part is not None:
-            return self._beside_each_other(self.part.inverse, self._of_rest)
-        if self._of_rest is None:
+            return self._beside_each_other(self.part.inverse, self._inverse_of_rest())
+        diagonal = self._inverse_of_rest()
+        if diagonal is None:
             raise AttributeError("inverse")
-        return self._of_rest
+        return diagonal
 
     @inverse.setter
     def inverse(self, value: Operator) -> None:
         """Take a checkpoint's: the weight's operator is the part's again."""
+        self._to_invert = None
         if self.part is None:
             self._of_rest = value
         elif self.block.biased:
@@ -190,7 +192,7 @@ class WithDiagonal(BlockDefaults):
     @inverse.deleter
     def inverse(self) -> None:
         """Forget it, as before the first data."""
-        self._of_rest = None
+        self._of_rest = self._to_invert = None
         if self.part is not None:
             del self.part.inverse
 
@@ -220,7 +222,14 @@ class WithDiagonal(BlockDefaults):
 
     def _invert_rest(self, damping: float) -> None:
         if self.rest is not None:
-            self._of_rest = Diagonal((self.rest.sqrt() + self._beside(damping)).reciprocal())
+            self._to_invert = self.rest, damping
+
+    def _inverse_of_rest(self) -> Operator | None:
+        if self._to_invert is not None:
+            v, damping = self._to_invert
+            self._of_rest = Diagonal((v.sqrt() + self._beside(damping)).reciprocal())
+            self._to_invert = None
+        return self._of_rest
 
     def _beside_each_other(self, weight: Operator, rest: Operator | None) -> Operator:
         if rest is None:

@@ -226,7 +226,7 @@ class Muon:
         self._polar, self._scale, self._bfloat16 = polar, scale, bfloat16
         self.U: Tensor | None = None
         self._made: Operator | None = None  # of U, when it was asked for
-        self._rounded: Tensor | None = None  # likewise p(U), of bfloat16
+        self._rounded: Tensor | None = None  # likewise s p(U), of bfloat16
 
     def update(self, gradient: Float[Tensor, "O I"], weight: float) -> None:
         """Take the gradient in the place of a momentum, until one is heeded."""
@@ -242,15 +242,16 @@ class Muon:
         """Take the momentum whose polar factor is to be the direction."""
         self.U, self._made, self._rounded = momentum, None, None
 
-    def write(self, out: Float[Tensor, "O I"]) -> None:
-        """Write s p(U), of bfloat16, into `out`."""
+    @property
+    def direction(self) -> Float[Tensor, "O I"]:
+        """Product s p(U), of bfloat16, in the precision of U."""
         if self._rounded is None and isinstance(self._made, RememberedPolar):  # another rank's
-            out.copy_(self._made.direction)
-            return
+            return self._made.direction
         assert self.U is not None
         if self._rounded is None:
-            self._rounded = newton_schulz_bfloat16([self.U])[0]
-        out.copy_(self._rounded).mul_(self._scale(self.U.shape[0], self.U.shape[1]))
+            self.together([self])
+        assert self._rounded is not None
+        return self._rounded
 
     @staticmethod
     def together(parts: Sequence[Muon]) -> None:
@@ -262,9 +263,12 @@ class Muon:
         for shape, all_of in by_shape.items():
             some = max(1, _TOGETHER // math.prod(shape))
             for group in (all_of[i : i + some] for i in range(0, len(all_of), some)):
-                found = newton_schulz_bfloat16([part.U for part in group if part.U is not None])
-                for part, rounded in zip(group, found, strict=True):
-                    part._rounded = rounded
+                momenta = [part.U for part in group if part.U is not None]
+                found = newton_schulz_bfloat16(momenta)
+                for part, U, rounded in zip(group, momenta, found, strict=True):
+                    # not turned: what is added to the weights is to lie as they do
+                    own = torch.empty_like(U, memory_format=torch.contiguous_format).copy_(rounded)
+                    part._rounded = own.mul_(part._scale(U.shape[0], U.shape[1]))
 
     @property
     def inverse(self) -> Operator:
@@ -275,8 +279,7 @@ class Muon:
             outputs, inputs = self.U.shape
             scale = self._scale(outputs, inputs)
             if self._bfloat16:
-                self.write(direction := torch.empty_like(self.U))
-                self._made = RememberedPolar(self.U, direction, scale)
+                self._made = RememberedPolar(self.U, self.direction, scale)
             else:
                 self._made = on_smaller_side((outputs, inputs), self._polar(self.U) * scale)
         return self._made

@@ -76,13 +76,15 @@ def newton_schulz_bfloat16(
     """
     a, b, c = coefficients
     turned = [U.shape[0] > U.shape[1] for U in Us]
-    each = [(U.mT if turn else U).bfloat16() for U, turn in zip(Us, turned, strict=True)]
-    each = [X / X.norm().clamp(min=1e-7) for X in each]
-    X = each[0] if len(each) == 1 else torch.stack(each)
+    shape = sorted(Us[0].shape)
+    X = Us[0].new_empty((len(Us), *shape) if len(Us) > 1 else shape, dtype=torch.bfloat16)
+    for into, U, turn in zip(X if len(Us) > 1 else [X], Us, turned, strict=True):
+        into.copy_(U.mT if turn else U)
+    X.div_(X.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-7))
     for _ in range(steps):
         S = _symmetric(X, X.mT)
         X = _plus(X, _symmetric(S, S, S, b, c), X, a)
-    found = [X] if len(each) == 1 else X.unbind()
+    found = [X] if len(Us) == 1 else X.unbind()
     return [V.mT if turn else V for V, turn in zip(found, turned, strict=True)]
 
 
