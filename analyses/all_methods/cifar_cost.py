@@ -90,7 +90,7 @@ def make(report: ReproductionReport) -> None:
         "long run",
         "over SGD-m",
     ]
-    heads += ["MB held", "over parameters", "loss before", "after"]
+    heads += ["MB held", "over parameters", "loss before", "after", "minibatches"]
     report.table(heads, rows(found))
     for problem, each in found.items():
         for label, cost in each.items():
@@ -112,13 +112,14 @@ def over_sgd(problem: str, each: Mapping[str, StepCost]) -> dict[str, float]:
 def rows(found: Mapping[str, Mapping[str, StepCost]]) -> Iterator[list[str]]:
     for problem, each in found.items():
         figure, ratio = FIGURES[problem], over_sgd(problem, each)
-        yield [f"{problem}, minibatches of {figure.batch}", *[""] * 9]
+        yield [f"{problem}, minibatches of {figure.batch}", *[""] * 10]
         for label, cost in each.items():
             values = ", ".join(f"{v:g}" for v in figure.methods[label].on(problem) or ())
             numbers = [f"{cost.epoch:.3g}", f"{cost.long_run:.3g}", f"{ratio[label]:.2f}"]
             numbers += [f"{cost.held / 1e6:.1f}", f"{cost.times:.2f}"]
             numbers += [f"{cost.before:.3f}", f"{cost.after:.3f}"]
-            told = ["–" if number == "nan" else number for number in numbers]
+            numbers += [f"{cost.first:.3f} → {cost.last:.3f}"]
+            told = ["–" if "nan" in number else number for number in numbers]
             yield [f"  {label}", f"({values})", str(cost.steps), *told]
 
 

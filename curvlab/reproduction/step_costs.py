@@ -35,7 +35,8 @@ class StepCost:
 
     `epoch` are seconds a step but for the first, `long_run` those over T₁ and T₂ steps, `steps` how
     many were taken; `held` bytes of the curvature between steps, `times` over the parameters';
-    `before` and `after` the training loss; `why` what went wrong.
+    `before` and `after` the training loss in eval mode, `first` and `last` that of minibatches,
+    before their steps; `why` what went wrong.
     """
 
     epoch: float = math.nan
@@ -45,6 +46,8 @@ class StepCost:
     times: float = math.nan
     before: float = math.nan
     after: float = math.nan
+    first: float = math.nan
+    last: float = math.nan
     why: str = ""
 
 
@@ -115,17 +118,21 @@ class StepCosts:
             stepper = optimizer(name, self._objective, **options)
             stepper.warm_start(batches.one_pass())
             for batch in batches.epoch(0):
-                seconds.append(self._timed(lambda: stepper.step(self._objective.closure(batch))))  # noqa: B023  # called at once
+                taken, loss = self._timed(lambda x=batch: stepper.step(self._objective.closure(x)))
+                seconds.append(taken)
+                found.last = float(loss)
+                found.first = found.last if len(seconds) == 1 else found.first
             found.held, found.times = self._held(stepper)
             stepper.soundness.check()
             found.after = self._loss()
             if not math.isfinite(found.after):
                 raise Diverged(f"the training loss is {found.after:g}")
-            refresh = self._timed(stepper.descent.curvature.refresh)
+            refresh, _ = self._timed(stepper.descent.curvature.refresh)
             del stepper
             self._begin()
             often = optimizer(name, self._objective, **options | {"update_every": 1})
-            whole = self._timed(lambda: often.step(self._objective.closure(next(batches.epoch(0)))))
+            batch = next(batches.epoch(0))
+            whole, _ = self._timed(lambda: often.step(self._objective.closure(batch)))
             found.long_run = long_run(seconds, refresh, whole, _cadence(name, options))
         except (CurvlabError, LinAlgError) as error:
             kind = "refused" if not seconds else "diverged"
@@ -134,16 +141,20 @@ class StepCosts:
         found.epoch = statistics.fmean(seconds[1:]) if seconds[1:] else math.nan
         return found
 
+    @property
+    def parameters(self) -> int:
+        """Return the number of trained parameters."""
+        return sum(p.numel() for p in self._objective.parameters.values())
+
     def _held(self, stepper: Optimizer) -> tuple[int, float]:
         state = stepper.descent.curvature.state_dict()
         held = sum(t.numel() * t.element_size() for t in tensors(state))
-        parameters = self._objective.parameters.values()
-        return held, held / sum(p.numel() * p.element_size() for p in parameters)
+        return held, held / (self.parameters * self._objective.dtype.itemsize)
 
-    def _timed(self, work: Callable[[], object]) -> float:
+    def _timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
         started = self._clock()
-        work()
-        return self._clock() - started
+        found = work()
+        return self._clock() - started, found
 
 
 def _named(method: Method, problem: str) -> tuple[str, dict[str, Any]]:
