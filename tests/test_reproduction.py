@@ -537,10 +537,10 @@ def test_every_network_and_method_of_the_cifar_figures_has_a_cost(
                 for label, m in other.methods.items():
                     assert m.arguments(problem) == figure.methods[label].arguments(problem)
                     assert (m.batch or other.batch, other.l2) == (figure.batch, figure.l2)
-    chosen = Options("smoke", tmp_path, device="cpu", problems=("ResNet-18, CIFAR-10",))
+    chosen = Options("smoke", tmp_path, device="cpu", problems=("All-CNN-C, CIFAR-10",))
     said = reproduce(what, "cifar-cost", chosen).lines
     labels = [line.split()[0] for line in said if line.startswith("  ")]
-    assert labels == list(made["ResNet-18, CIFAR-10"].methods)
+    assert labels == list(made["All-CNN-C, CIFAR-10"].methods)
 
 
 def test_seconds_in_the_long_run_by_hand() -> None:
@@ -571,7 +571,7 @@ def test_a_cost_is_kept_and_what_diverges_has_a_reason(
     assert StepCosts(figure, "MNIST", options).of_method(adam) == found
     monkeypatch.undo()
     wild = costs.measured(Method("sgd-m", (3e38, 0)))
-    assert re.match(r"diverged after [12] steps: ", wild.why)
+    assert re.match(r"diverged after [012] steps: ", wild.why)
     assert math.isnan(wild.long_run)
     refused = costs.measured(Method("smw-gn", (1.0, -1.0)))
     assert refused.why.startswith("refused after 0 steps: ")

@@ -10,8 +10,9 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from curvlab.algorithms import ALGORITHMS, optimizer
 from curvlab.curvature.settings import Cadence
 from curvlab.errors import CurvlabError, Diverged
 from curvlab.machine import clock_of
-from curvlab.optim import Optimizer
+from curvlab.optim import Batch, Optimizer
 from curvlab.reproduction.comparison import Comparison, Method, ProblemRuns
 from curvlab.reproduction.script import Options
 from curvlab.system.atomic import rewrite
@@ -118,7 +119,7 @@ class StepCosts:
             stepper = optimizer(name, self._objective, **options)
             stepper.warm_start(batches.one_pass())
             for batch in batches.epoch(0):
-                taken, loss = self._timed(lambda x=batch: stepper.step(self._objective.closure(x)))
+                taken, loss = self._timed(partial(self._step, stepper, batch))
                 seconds.append(taken)
                 found.last = float(loss)
                 found.first = found.last if len(seconds) == 1 else found.first
@@ -132,14 +133,17 @@ class StepCosts:
             self._begin()
             often = optimizer(name, self._objective, **options | {"update_every": 1})
             batch = next(batches.epoch(0))
-            whole, _ = self._timed(lambda: often.step(self._objective.closure(batch)))
+            whole, _ = self._timed(partial(self._step, often, batch))
             found.long_run = long_run(seconds, refresh, whole, _cadence(name, options))
         except (CurvlabError, LinAlgError) as error:
-            kind = "refused" if not seconds else "diverged"
+            kind = "diverged" if isinstance(error, Diverged | LinAlgError) else "refused"
             found.why = f"{kind} after {len(seconds)} steps: {str(error).splitlines()[0]}"
         found.steps = len(seconds)
         found.epoch = statistics.fmean(seconds[1:]) if seconds[1:] else math.nan
         return found
+
+    def _step(self, stepper: Optimizer, batch: Batch) -> Any:
+        return stepper.step(self._objective.closure(batch))
 
     @property
     def parameters(self) -> int:
@@ -171,7 +175,7 @@ def _cadence(name: str, options: Mapping[str, Any]) -> Cadence:
     return Cadence(**{key: options.get(key, getattr(own, key)) for key in keys})
 
 
-def long_run(seconds: list[float], refresh: float, whole: float, every: Cadence) -> float:
+def long_run(seconds: Sequence[float], refresh: float, whole: float, every: Cadence) -> float:
     """Return seconds a step over T₁ and T₂ steps, of which an epoch may have too few.
 
     Args:
