@@ -38,8 +38,8 @@ NETWORKS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "VGG16, CIFAR-10": (THESIS, 768, 512),
     "ResNet32, CIFAR-10": (THESIS, 1024, 512),
     "ResNet32-4, CIFAR-10": (("figure-3.8",), 256, 256),
-    "All-CNN-C, CIFAR-10": (("kfqn-cnn-figure-1",), 768, 512),
-    "VGG16 as printed, CIFAR-10": (("kfqn-cnn-figure-1",), 768, 512),
+    "All-CNN-C, CIFAR-10": (("kfqn-cnn-figure-1",), 512, 512),
+    "VGG16 as printed, CIFAR-10": (("kfqn-cnn-figure-1",), 512, 512),
     "ResNet-18, CIFAR-10": (("s2qn-figure-4",), 384, 512),
 }
 
