@@ -147,7 +147,8 @@ def drawn(found: Mapping[str, Mapping[str, StepCost]], title: str) -> Figure:
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0].set_ylim(len(names) - 0.3, -0.7)
     texts = ("seconds a step in the long run, over SGD-m's", "held between steps, over parameters")
-    for ax, text in zip(axes, texts, strict=True):
+    for ax, text, what in zip(axes, texts, ("time", "memory"), strict=True):
+        ax.set_title(what, fontsize=10)
         ax.set_xscale("log")
         ax.set_xlabel(f"{text} (logarithmic)")
         ax.axvline(1, color="0.4", linewidth=0.8, linestyle=":")
