@@ -24,6 +24,7 @@ from torch import nn
 from curvlab import datasets
 from curvlab.algorithms import ALGORITHMS
 from curvlab.cli import app as cli
+from curvlab.curvature.settings import Cadence
 from curvlab.datasets import DATASETS, Dataset
 from curvlab.errors import CurvlabError
 from curvlab.models import MODELS
@@ -47,6 +48,7 @@ from curvlab.reproduction.problems import PROBLEMS, PublishedProblem
 from curvlab.reproduction.results import Result, cut
 from curvlab.reproduction.scaling import exponent
 from curvlab.reproduction.script import ReproductionReport
+from curvlab.reproduction.step_costs import StepCosts, long_run
 from curvlab.show.style import looks as looks_of
 from curvlab.system.memory import tensors
 
@@ -78,7 +80,7 @@ def test_every_figure_and_table_has_a_name() -> None:
     s2qn, kfqn = (
         [f"{document}-figure-{n}" for n in range(1, 5)] for document in ("s2qn", "kfqn-cnn")
     )
-    own = ["autoencoders", "convnet", "layerwise-oracle"]
+    own = ["autoencoders", "cifar-cost", "convnet", "layerwise-oracle"]
     assert [*thesis, *s2qn, "skqn-refinement", *kfqn, *own] == NAMES
 
 
@@ -501,6 +503,79 @@ def test_a_run_that_takes_much_longer_does_not_squeeze_the_others(
     assert by_time.get_xscale() == scale
     if scale == "log":
         assert by_time.get_xlim()[0] > 0
+
+
+# ---- costs of a step
+
+
+def of_cifar() -> dict[str, set[tuple[str, str]]]:
+    """{network: (label, algorithm)} of all figures of CIFAR-10, by what their scripts say."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for name, figure in COMPARISONS.items():
+        for problem in figure.problems:
+            if problem.endswith("CIFAR-10") and problem != "ConvNet, CIFAR-10":
+                methods = figure.methods if name != "kfqn-cnn-figure-3" else {}
+                found.setdefault(problem, set()).update(
+                    (label, m.algorithm) for label, m in methods.items()
+                )
+    return found
+
+
+def test_every_network_and_method_of_the_cifar_figures_has_a_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Values of figures that share a network and a label are one, so that a row is all of them."""
+    what, expected = load_script("cifar-cost"), of_cifar()
+    assert set(what.problems) == expected.keys()
+    assert set(what.methods) == {label for each in expected.values() for label, _ in each}
+    made = runpy.run_path(str(scripts()["cifar-cost"]), run_name="cifar_cost")["FIGURES"]
+    for problem, figure in made.items():
+        methods = figure.methods.items()
+        assert {(label, m.algorithm) for label, m in methods} == expected[problem]
+        for other in COMPARISONS.values():
+            if problem in other.problems and "λ = 30" not in other.methods:
+                for label, m in other.methods.items():
+                    assert m.arguments(problem) == figure.methods[label].arguments(problem)
+                    assert (m.batch or other.batch, other.l2) == (figure.batch, figure.l2)
+    chosen = Options("smoke", tmp_path, device="cpu", problems=("All-CNN-C, CIFAR-10",))
+    said = reproduce(what, "cifar-cost", chosen).lines
+    labels = [line.split()[0] for line in said if line.startswith("  ")]
+    assert labels == list(made["All-CNN-C, CIFAR-10"].methods)
+
+
+def test_seconds_in_the_long_run_by_hand() -> None:
+    """A plain step takes 2, folding in and learning 5 more, a refresh 40."""
+    every = Cadence(update_every=10, refresh_every=100)
+    assert long_run([99, 2, 2, 2], 40, 47, every) == pytest.approx(2 + 5 / 10 + 40 / 100)
+    ten = [99, *[2] * 8, 47]  # the tenth folds in, and refreshes within the first T₂
+    assert long_run(ten, 40, 47, every) == pytest.approx(2.9)
+    always = Cadence(refresh_every=20)  # T₁ = 1: each of the first T₂ refreshes
+    assert long_run([99, 47, 47], 40, 47, always) == pytest.approx(7 + 40 / 20)
+    assert long_run([99, 3, 3], 0, 9, Cadence()) == 3
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_cost_is_kept_and_what_diverges_has_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure, options = small(), Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu")
+    costs, adam = StepCosts(figure, "MNIST", options), figure.methods["Adam"]
+    found = costs.of_method(adam)
+    assert (found.steps, found.times, found.why) == (2, 2, "")  # second moments, inverse roots
+    assert found.held == 2 * 4 * costs.parameters
+    assert 0 < found.after < found.before
+    again = costs.measured(adam)
+    same = ("before", "after", "first", "last", "held")
+    assert [getattr(again, name) for name in same] == [getattr(found, name) for name in same]
+    monkeypatch.setattr(StepCosts, "measured", None)
+    assert StepCosts(figure, "MNIST", options).of_method(adam) == found
+    monkeypatch.undo()
+    wild = costs.measured(Method("sgd-m", (3e38, 0)))
+    assert re.match(r"diverged after [012] steps: ", wild.why)
+    assert math.isnan(wild.long_run)
+    refused = costs.measured(Method("smw-gn", (1.0, -1.0)))
+    assert refused.why.startswith("refused after 0 steps: ")
+    assert refused.steps == 0
 
 
 # ---- complexity
