@@ -2,11 +2,12 @@
 minibatches of 100.
 
 The document names no grid of its own here: that of Table 2.5 is taken, on which all its values lie.
+A step costs less, and in the `cpu` budget there are more of them: 100 on MNIST, 300 on CURVES.
 """
 
 from dataclasses import replace
 
-from curvlab.reproduction import TunedTable, load_script, main
+from curvlab.reproduction import TUNED, TunedTable, load_script, main
 
 THOUSAND = load_script("table-2.5")
 
@@ -19,6 +20,7 @@ FIGURE: TunedTable = replace(
         " (2.8.3)"
     ),
     of=replace(load_script("figure-2.4"), problems=THOUSAND.problems),
+    cpu=replace(TUNED, epochs={"MNIST": 2, "FACES": 2, "CURVES": 6}, examples=5000),
 )
 
 if __name__ == "__main__":

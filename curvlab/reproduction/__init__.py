@@ -18,6 +18,7 @@ from curvlab.reproduction.settings import (
     AUTOENCODERS,
     DOCUMENT_SECONDS,
     NETWORKS,
+    TUNED,
     WIDE,
     convolutional,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "AUTOENCODERS",
     "DOCUMENT_SECONDS",
     "NETWORKS",
+    "TUNED",
     "WIDE",
     "Axis",
     "Claim",

@@ -52,8 +52,8 @@ def draw_landscapes(found: Mapping[str, Mapping[str, SearchedGrid]], title: str)
     figure = Figure(
         figsize=(1.6 + 2.7 * across, 1.3 + (2.3 * down + 0.3) * len(found)), layout="constrained"
     )
-    parts = np.atleast_1d(figure.subfigures(len(found), 1))
-    for part, (problem, grids) in zip(parts, found.items(), strict=True):
+    parts = figure.subfigures(len(found), 1, squeeze=False)
+    for part, (problem, grids) in zip(parts.flat, found.items(), strict=True):
         panels = part.subplots(down, across, squeeze=False)
         losses = np.array([p.lowest for grid in grids.values() for p in grid.points])
         norm, shades = score_scale(losses[np.isfinite(losses)]), shading()
@@ -135,7 +135,7 @@ def _panel(ax: Axes, grid: SearchedGrid, norm: Normalize, shades: Colormap) -> N
     )
     if grid.best is not None:
         x, y = corner(grid.best.place)
-        ax.plot(x + 0.5, y + 0.8 if few else y + 0.5, "*", zorder=4, **STAR | {"markersize": 9})
+        ax.plot(x + 0.5, y + 0.8 if few else y + 0.5, "*", zorder=4, **{**STAR, "markersize": 9})
     ax.set(xlim=(0, len(rates)), ylim=(0, len(rows)))
     _ticks(ax, rates, rows, names)
 

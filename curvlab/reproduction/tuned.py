@@ -17,16 +17,14 @@ import xarray as xr
 
 from curvlab.errors import CurvlabError
 from curvlab.reproduction.comparison import Comparison, Extent, Method, ProblemRuns
-from curvlab.reproduction.landscapes import draw_landscapes, in_brackets
+from curvlab.reproduction.landscapes import SIGNS, draw_landscapes, in_brackets
 from curvlab.reproduction.script import ReproductionReport, say_progress
 from curvlab.reproduction.search import SearchedGrid, TrainedPoint
+from curvlab.reproduction.settings import TUNED
 from curvlab.sweeps.documents import DOCUMENT_GRIDS
 
 Spec = int | Sequence[float]
 """How many values of the document's axis, around its choice; or which."""
-
-TUNED_SECONDS = {"MNIST": 20.0, "FACES": 20.0, "CURVES": 15.0}
-"""Seconds of training a point in the `cpu` budget."""
 
 _SMOKE: Mapping[str, Spec] = {"lr": 2, "damping": 2}
 _NEAR, _FAIR = 1.25, 2.0
@@ -45,22 +43,30 @@ def neighbouring(values: Sequence[float], value: float, count: int) -> tuple[flo
     return tuple(ordered[first : first + count])
 
 
-def lowest_loss(log: xr.Dataset, seconds: float | None) -> tuple[float, str]:
+def lowest_loss(log: xr.Dataset, epochs: int | None, seconds: float | None) -> tuple[float, str]:
     """Return the lowest training loss at the end of any epoch, and why there is none.
 
     The document has it so (thesis 2.8.2). A log that goes on for longer than `seconds` is read at
-    that time by linear interpolation; one that diverged before it has none, infinity.
+    that time by linear interpolation; one that diverged before its end has none: infinity.
+
+    Args:
+        log: of a training run.
+        epochs: the run's end; None: no limit.
+        seconds: of training, likewise.
     """
     log = log.dropna("epoch", subset=["train_loss"])
-    times, losses = (np.asarray(log[name], dtype=float) for name in ("wall_seconds", "train_loss"))
-    in_time = math.inf if seconds is None else seconds
+    ends = math.inf if epochs is None else epochs, math.inf if seconds is None else seconds
+    count, times, losses = (
+        np.asarray(log[name], dtype=float) for name in ("epoch", "wall_seconds", "train_loss")
+    )
     stopped = str(log.attrs.get("stopped", ""))
-    if stopped and not (times.size and times[-1] >= in_time):
+    if stopped and count[-1] < ends[0] and times[-1] < ends[1]:
         return math.inf, stopped
-    ends = losses[1:][times[1:] <= in_time].tolist()
-    if times[-1] > in_time:
-        ends.append(float(np.interp(in_time, times, losses)))
-    return min(ends, default=float(losses[0])), ""
+    inside = (count > 0) & (count <= ends[0]) & (times <= ends[1])
+    found = losses[inside].tolist()
+    if times[-1] > ends[1]:
+        found.append(float(np.interp(ends[1], times, losses)))
+    return min(found, default=float(losses[0])), ""
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,10 @@ class TunedTable:
     `of` has the methods at the document's values, and its problems, minibatches and L2; `grid` is a
     name of `DOCUMENT_GRIDS`, of whose axes `as_if` names another algorithm's for a label that has
     none. In the `cpu` budget an axis has the values of `coarse`, of single labels those of
-    `coarser`; in `paper` all, and the document's choice where its own range lacks that. `robust`:
-    what the document says of the whole landscape.
+    `coarser`; in `paper` all, and the document's choice where its own range lacks that. `cpu` is
+    the extent of a point there, in epochs: of one method they take the same time at every point,
+    and no other work on the machine decides which is best. `robust`: what the document says of the
+    whole landscape.
     """
 
     shows: str
@@ -81,7 +89,7 @@ class TunedTable:
     coarse: Mapping[str, Spec] = field(default_factory=lambda: {"lr": 3, "damping": 3})
     coarser: Mapping[str, Mapping[str, Spec]] = field(default_factory=dict)
     as_if: Mapping[str, str] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=lambda: TUNED_SECONDS)
+    cpu: Extent = TUNED
     robust: str = ""
 
     @property
@@ -96,12 +104,8 @@ class TunedTable:
 
     @cached_property
     def comparison(self) -> Comparison:
-        """What the runs are of: one seed a point, and the budgets' seconds."""
-        return replace(
-            self.of,
-            cpu=replace(self.of.cpu, seconds=self.seconds, seeds=1),
-            paper=replace(self.of.paper, seeds=1),
-        )
+        """What the runs are of: one seed a point."""
+        return replace(self.of, cpu=self.cpu, paper=replace(self.of.paper, seeds=1))
 
     @property
     def extents(self) -> dict[str, str]:
@@ -223,8 +227,9 @@ class TunedTable:
 
     def _point(self, runs: ProblemRuns, label: str, place: Mapping[str, float]) -> TrainedPoint:
         log = runs.quietly(self.method_at(label, runs.name, place), 0)
-        seconds = None if runs.options.smoke else runs.extent.seconds_on(runs.name)
-        return TrainedPoint(place, *lowest_loss(log, seconds))
+        algorithm, extent = self.methods[label].algorithm, runs.extent
+        ends = extent.epochs_on(runs.name, algorithm), extent.seconds_on(runs.name)
+        return TrainedPoint(place, *lowest_loss(log, *ends))
 
     # ---- what is said
 
@@ -234,9 +239,10 @@ class TunedTable:
         """Say the table of one problem."""
         axes = list(dict.fromkeys(axis for grid in found.values() for axis in grid.choice))
         report.say(problem)
+        signs = ", ".join(SIGNS.get(axis, axis) for axis in axes)
         report.table(
-            ["method", f"best ({', '.join(axes)})", "its loss", "document's choice", "its loss",
-             "its place", "points", f"within {_NEAR - 1:.0%}", "diverged"],
+            ["method", f"best ({signs})", "its loss", "document's choice", "its loss", "its place",
+             "points", f"within {_NEAR - 1:.0%}", "diverged"],
             ([label, *self._cells(grid, axes)] for label, grid in found.items()),
         )  # fmt: skip
         for label, grid in found.items():
@@ -277,6 +283,6 @@ class TunedTable:
             )
             for problem, grids in found.items():
                 wide = {k: (grid.within(_FAIR), len(grid.points)) for k, grid in grids.items()}
-                good = all(2 * n >= size for n, size in wide.values())
-                numbers = ", ".join(f"{k} {n} of {size}" for k, (n, size) in wide.items())
-                yield f"  {problem}: {'holds' if good else 'does not hold'}: {numbers}"
+                said = "holds" if all(2 * n >= of for n, of in wide.values()) else "does not hold"
+                numbers = ", ".join(f"{k} {n} of {of}" for k, (n, of) in wide.items())
+                yield f"  {problem}: {said}: {numbers}"
