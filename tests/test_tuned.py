@@ -225,7 +225,7 @@ EXTENT = Extent(epochs=2, examples=40, tests=20)
 
 
 def small() -> TunedTable:
-    """In earnest but small: 40 examples, two steps an epoch; three points and two."""
+    """In earnest but small: 40 examples, two steps an epoch; two points a method."""
     methods = {"Adam": Method("adam", (1e-4, 1e-4)), "SGD-m": Method("sgd-m", (0.003, 0))}
     figure = Comparison(
         "figure", "claim", ["MNIST"], methods, 20, cpu=EXTENT, paper=Extent(epochs=1)
@@ -235,7 +235,7 @@ def small() -> TunedTable:
         "claim",
         figure,
         "thesis-table-2.5",
-        coarse={"lr": 3, "damping": 1},
+        coarse={"lr": 2, "damping": 1},
         coarser={"SGD-m": {"lr": (0.003, 3e38)}},
         cpu=EXTENT,
         robust="it is robust",
@@ -262,15 +262,15 @@ def test_points_are_shared_with_figures_and_what_diverged_is_a_cell(
     capsys.readouterr()
     report = run(table, tmp_path)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.h5")}
-    assert len(files) == 3 + 2
+    assert len(files) == 2 + 2
     assert {path: files[path] for path in of_the_figure} == of_the_figure
     said = "\n".join(report.lines)
     (row,) = [line.split() for line in report.lines if line.startswith("SGD-m ")]
     assert row[1:3] == ["(0.003,", "-)"]
     assert row[-3:] == ["2", "1", "1"]  # points, within 25 %, diverged
     assert "SGD-m diverged at (3e+38, -); the first: diverged in epoch 1" in said
-    assert "MNIST: holds: Adam 3 of 3, SGD-m 1 of 2" in said
-    assert "5 of 5: SGD-m on MNIST at (3e+38) (about " in capsys.readouterr().err
+    assert "MNIST: holds: Adam 2 of 2, SGD-m 1 of 2" in said
+    assert "4 of 4: SGD-m on MNIST at (3e+38) (about " in capsys.readouterr().err
     again = run(table, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in files} == files  # taken as they are
     assert again.lines == report.lines
@@ -287,7 +287,8 @@ def test_points_are_shared_with_figures_and_what_diverged_is_a_cell(
 def test_data_that_are_not_there_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CURVLAB_DATA", str(tmp_path))
     methods = {"Adam": Method("adam", {"webspam": (1e-4, 1e-4)})}
-    table = replace(small(), of=replace(small().of, problems=["webspam"], methods=methods))
+    of = replace(small().of, problems=["webspam"], methods=methods)
+    table = replace(small(), of=of, quick=("webspam",))
     with pytest.raises(CurvlabError, match=r"^table: data file webspam"):
         run(table, tmp_path)
 
@@ -298,6 +299,17 @@ def test_methods_and_problems_can_be_chosen(tmp_path: Path) -> None:
     )
     report = reproduce(TUNED["table-4.3"], "table-4.3", options)
     assert [line.split()[0] for line in report.lines[3:7]] == ["CURVES", "method", "TNT", "Adam"]
+
+
+def test_a_budget_has_problems_of_its_own() -> None:
+    table = TUNED["table-2.5"]
+    assert table.chosen("paper") == ["MNIST", "FACES", "CURVES"]
+    assert table.chosen("cpu") == ["MNIST", "CURVES"]
+    assert table.chosen("smoke") == ["MNIST"]
+    assert table.chosen("cpu", ("FACES",)) == ["FACES"]
+    assert TUNED["table-4.7"].chosen("cpu") == ["MNIST"]
+    assert table.extents["cpu"].startswith("MNIST, CURVES: 42 points each, 4 or 12 epochs, 1 seed")
+    assert table.extents["paper"].startswith("MNIST, FACES, CURVES: 468 points each, 500 or 2000 s")
 
 
 # ---- the picture

@@ -73,7 +73,7 @@ def draw_landscapes(found: Mapping[str, Mapping[str, SearchedGrid]], title: str)
     figure.legend(
         *zip(*_LEGEND, strict=True), loc="outside lower center", ncols=3, frameon=False, fontsize=8
     )
-    width = int(11 * figure.get_figwidth())
+    width = int(13 * figure.get_figwidth())
     figure.suptitle(
         "\n".join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=9
     )
@@ -115,7 +115,9 @@ def _panel(ax: Axes, grid: SearchedGrid, norm: Normalize, shades: Colormap) -> N
     """Draw the tiles of one method, as wide as each other: the grids are even in logarithms."""
     names, rows, tiles = _tiles(grid)
     rates = grid.values("lr")
-    ax.pcolormesh(np.ma.masked_invalid(tiles), norm=norm, cmap=shades, edgecolors="white")
+    ax.pcolormesh(
+        np.ma.masked_invalid(tiles), norm=norm, cmap=shades, edgecolors="white", linewidth=0.8
+    )
     few = len(rates) <= _MOST_NUMBERS
     for i, j in itertools.product(range(len(rows)), range(len(rates))):
         if np.isinf(tiles[i, j]):

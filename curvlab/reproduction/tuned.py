@@ -78,8 +78,8 @@ class TunedTable:
     none. In the `cpu` budget an axis has the values of `coarse`, of single labels those of
     `coarser`; in `paper` all, and the document's choice where its own range lacks that. `cpu` is
     the extent of a point there, in epochs: of one method they take the same time at every point,
-    and no other work on the machine decides which is best. `robust`: what the document says of the
-    whole landscape.
+    and no other work on the machine decides which is best; it has the problems `quick` where none
+    is named. `robust`: what the document says of the whole landscape.
     """
 
     shows: str
@@ -90,6 +90,7 @@ class TunedTable:
     coarser: Mapping[str, Mapping[str, Spec]] = field(default_factory=dict)
     as_if: Mapping[str, str] = field(default_factory=dict)
     cpu: Extent = TUNED
+    quick: Sequence[str] = ("MNIST", "CURVES")
     robust: str = ""
 
     @property
@@ -114,10 +115,17 @@ class TunedTable:
                  " numbers, which say nothing"}  # fmt: skip
         extents: dict[str, Extent] = {"cpu": self.comparison.cpu, "paper": self.comparison.paper}
         for budget, extent in extents.items():
-            counts = {self.count(problem, budget) for problem in self.problems}
+            problems = self.chosen(budget)
+            counts = {self.count(problem, budget) for problem in problems}
             points = " or ".join(f"{n:,}" for n in sorted(counts))
-            words[budget] = f"{points} points a problem, {extent.on(self.problems)}"
+            words[budget] = f"{', '.join(problems)}: {points} points each, {extent.on(problems)}"
         return words
+
+    def chosen(self, budget: str, named: Sequence[str] = ()) -> list[str]:
+        """Return the problems of a budget: those named, else its own."""
+        own = {"cpu": self.quick, "smoke": self.problems[:1]}.get(budget, self.problems)
+        found = [problem for problem in self.problems if problem in (named or own)]
+        return found or list(self.problems)
 
     def count(self, problem: str, budget: str) -> int:
         """Return how many points a problem has in a budget."""
@@ -185,8 +193,7 @@ class TunedTable:
     def results(self, report: ReproductionReport) -> dict[str, dict[str, SearchedGrid]]:
         """Train the points that are not there yet and say the table; {problem: {label: grid}}."""
         options = report.options
-        chosen = [p for p in self.problems if p in (options.problems or self.problems)]
-        chosen = chosen[:1] if options.smoke else chosen
+        chosen = self.chosen(options.budget, options.problems)
         labels = [label for label in self.methods if label in (options.methods or self.methods)]
         places = {
             (problem, label): self.places(label, problem, options.budget)
