@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,9 +173,10 @@ def test_the_lowest_loss_by_hand(
     assert bool(why) == math.isinf(found)
 
 
-def searched(
-    losses: Mapping[tuple[float, float], float], choice: tuple[float, float]
-) -> SearchedGrid:
+Losses = dict[tuple[float, float], float]
+
+
+def searched(losses: Losses, choice: tuple[float, float]) -> SearchedGrid:
     points = [
         TrainedPoint({"lr": lr, "damping": d}, loss, "" if math.isfinite(loss) else "diverged")
         for (lr, d), loss in losses.items()
@@ -185,7 +185,7 @@ def searched(
 
 
 def test_the_best_point_by_hand() -> None:
-    losses = {(0.1, 1): 4.0, (0.3, 1): 3.0, (1, 1): math.inf, (0.1, 3): 2.0, (0.3, 3): 2.0}
+    losses: Losses = {(0.1, 1): 4.0, (0.3, 1): 3.0, (1, 1): math.inf, (0.1, 3): 2.0, (0.3, 3): 2.0}
     grid = searched(losses, (0.3, 1))
     assert grid.best is not None
     assert grid.best.place == {"lr": 0.1, "damping": 3}  # the first of equal ones
@@ -245,7 +245,7 @@ def small() -> TunedTable:
 def run(
     what: TunedTable | Comparison, tmp_path: Path, **options: tuple[str, ...]
 ) -> ReproductionReport:
-    chosen = Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu", **options)  # type: ignore[arg-type]  # of methods
+    chosen = Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu", **options)
     report = ReproductionReport("table", chosen)
     what.results(report)
     return report
@@ -316,7 +316,7 @@ def test_a_budget_has_problems_of_its_own() -> None:
 
 
 def test_a_landscape_has_a_tile_for_each_point() -> None:
-    losses = {(0.1, 1): 4.0, (0.3, 1): math.inf, (0.1, 3): 2.0, (0.3, 3): 90.0}
+    losses: Losses = {(0.1, 1): 4.0, (0.3, 1): math.inf, (0.1, 3): 2.0, (0.3, 3): 90.0}
     found = {p: {"K-BFGS": searched(losses, (0.1, 1))} for p in ("MNIST", "CURVES")}
     figure = draw_landscapes(found, "title")
     axes = [ax for ax in assert_drawn(figure) if ax.get_title()]
@@ -328,7 +328,8 @@ def test_a_landscape_has_a_tile_for_each_point() -> None:
     assert [p.get_xy() for p in frames] == [(0, 0)]
     assert [p.get_xy() for p in hatched] == [(1, 0)]
     (star,) = ax.lines
-    assert star.get_xydata()[0] == pytest.approx((0.5, 1.8))
+    at = [float(np.asarray(values, dtype=float)[0]) for values in star.get_data()]
+    assert at == pytest.approx([0.5, 1.8])
     assert [t.get_text() for t in ax.get_xticklabels()] == ["0.1", "0.3"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["1", "3"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("learning rate", "damping")
