@@ -189,7 +189,7 @@ def test_the_best_point_by_hand() -> None:
     grid = searched(losses, (0.3, 1))
     assert grid.best is not None
     assert grid.best.place == {"lr": 0.1, "damping": 3}  # the first of equal ones
-    assert (grid.steps, grid.standing) == (2, "2 steps off")
+    assert (grid.steps, grid.standing) == (2, "2 steps off, +50.0%")
     assert grid.within(1.0) == 2
     assert grid.within(1.5) == 3
     assert grid.within(1e9) == 4  # not the diverged
@@ -197,11 +197,29 @@ def test_the_best_point_by_hand() -> None:
     assert tied.best is not None
     assert tied.best.place == tied.choice  # the document's own of equal ones
     assert (tied.steps, tied.standing) == (0, "best")
-    assert searched(losses, (0.1, 1)).standing == "beside the best"
-    assert searched(losses, (1, 1)).steps == 3
+    assert searched(losses, (0.1, 1)).standing == "beside the best, +100.0%"
+    assert searched(losses, (1, 1)).standing == "3 steps off"  # it diverged
     lost = searched({(1, 1): math.inf, (3, 1): math.inf}, (1, 1))
     assert (lost.best, lost.steps, lost.standing) == (None, None, "all diverged")
     assert lost.within(2) == 0
+    assert math.isinf(lost.excess)
+
+
+def test_what_becomes_of_the_documents_choice() -> None:
+    losses: Losses = {(0.1, 1): 4.0, (0.3, 1): 3.0, (1, 1): 2.0}
+    grids = {
+        "best": searched(losses, (1, 1)),
+        "beside": searched(losses, (0.3, 1)),
+        "off": searched(losses, (0.1, 1)),
+        "level": searched(losses | {(0.1, 1): 2.01}, (0.1, 1)),
+    }
+    said = list(replace(small(), robust="it is robust")._verdicts({"one": grids}))
+    assert said[1] == "  one: holds for 3 of 4; off 2 steps off, +100.0%"
+    assert said[3] == "  one: holds: best 3 of 3, beside 3 of 3, off 3 of 3, level 3 of 3"
+    halves = {"rough": searched(losses | {(0.1, 1): 4.1, (0.3, 1): math.inf}, (1, 1))}
+    assert list(small()._verdicts({"one": halves}))[1::2] == [
+        "  one: holds", "  one: does not hold: rough 1 of 3",
+    ]  # fmt: skip
 
 
 # ---- runs

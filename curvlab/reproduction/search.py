@@ -55,11 +55,19 @@ class SearchedGrid:
         )
 
     @property
+    def excess(self) -> float:
+        """How far the loss at the document's choice is above the lowest, as a part of that."""
+        return self.at(self.choice).lowest / self.best.lowest - 1 if self.best else math.inf
+
+    @property
     def standing(self) -> str:
-        """Where the document's choice stands, in words."""
+        """Where the document's choice stands, and how far above the lowest its loss is."""
         if self.best is None:
             return "all diverged"
-        return {0: "best", 1: "beside the best"}.get(self.steps or 0, f"{self.steps} steps off")
+        if not self.steps:
+            return "best"
+        where = "beside the best" if self.steps == 1 else f"{self.steps} steps off"
+        return where + (f", +{self.excess:.1%}" if math.isfinite(self.excess) else "")
 
     def within(self, times: float) -> int:
         """Return how many points end at most at so many times the lowest loss."""

@@ -27,7 +27,7 @@ Spec = int | Sequence[float]
 """How many values of the document's axis, around its choice; or which."""
 
 _SMOKE: Mapping[str, Spec] = {"lr": 2, "damping": 2}
-_NEAR, _FAIR = 1.25, 2.0
+_LEVEL, _NEAR, _FAIR = 0.01, 1.25, 2.0
 
 
 def neighbouring(values: Sequence[float], value: float, count: int) -> tuple[float, ...]:
@@ -275,9 +275,12 @@ class TunedTable:
 
     def _verdicts(self, found: Mapping[str, Mapping[str, SearchedGrid]]) -> Iterator[str]:
         """Yield what becomes of the document's choices, and of its word on the landscape."""
-        yield "claim: the document's choice is the best of the grid, or beside the best"
+        yield (
+            "claim: the document's choice is the best of the grid (here: or beside the best, or"
+            f" within {_LEVEL:.0%} of its loss)"
+        )
         for problem, grids in found.items():
-            good = [label for label, grid in grids.items() if grid.steps in (0, 1)]
+            good = [k for k, grid in grids.items() if grid.steps in (0, 1) or grid.excess <= _LEVEL]
             others = [
                 f"{label} {grid.standing}" for label, grid in grids.items() if label not in good
             ]
