@@ -1,8 +1,8 @@
 """Figures and tables of the documents: what the scripts of `analyses/` are made of.
 
-`Comparison` trains methods and draws curves, `Scaling` measures time and memory of one layer,
-`Script` is anything else; `main(FIGURE, __file__)` is a script's own command line;
-`load_script(name)` is another script's FIGURE.
+`Comparison` trains methods and draws curves, `TunedTable` trains them at every point of a grid,
+`Scaling` measures time and memory of one layer, `Script` is anything else; `main(FIGURE, __file__)`
+is a script's own command line; `load_script(name)` is another script's FIGURE.
 """
 
 from typing import TYPE_CHECKING
@@ -18,14 +18,17 @@ from curvlab.reproduction.settings import (
     AUTOENCODERS,
     DOCUMENT_SECONDS,
     NETWORKS,
+    TUNED,
     WIDE,
     convolutional,
 )
+from curvlab.reproduction.tuned import TunedTable
 
 __all__ = [
     "AUTOENCODERS",
     "DOCUMENT_SECONDS",
     "NETWORKS",
+    "TUNED",
     "WIDE",
     "Axis",
     "Claim",
@@ -38,6 +41,7 @@ __all__ = [
     "Row",
     "Scaling",
     "Script",
+    "TunedTable",
     "convolutional",
     "load_script",
     "main",

@@ -303,14 +303,7 @@ class ProblemRuns:
         runs: list[xr.Dataset] = []
         failures = []
         for seed in range(self.extent.seeds + (0 if self.options.smoke else FURTHER)):
-            with warnings.catch_warnings():
-                # said below the table
-                warnings.filterwarnings("ignore", "diverged in epoch", CurvlabWarning)
-                # thesis 3.4.3, 4.7.2
-                warnings.filterwarnings(
-                    "ignore", "parameters of layers without a rule", CurvlabWarning
-                )
-                run = self.trained(method, seed)
+            run = self.quietly(method, seed)
             if run.attrs.get("stopped"):
                 failures.append(f"seed {seed}: {run.attrs['stopped']}")
             else:
@@ -319,6 +312,14 @@ class ProblemRuns:
                 break
         arguments = ", ".join(f"{value:g}" for value in method.on(self.name) or ())
         return Result(method.algorithm, f"({arguments})", tuple(runs), tuple(failures))
+
+    def quietly(self, method: Method, seed: int) -> xr.Dataset:
+        """Return `trained`, without the warnings of what is said below a table."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "diverged in epoch", CurvlabWarning)
+            # thesis 3.4.3, 4.7.2
+            warnings.filterwarnings("ignore", "parameters of layers without a rule", CurvlabWarning)
+            return self.trained(method, seed)
 
     def trained(self, method: Method, seed: int) -> xr.Dataset:
         """Return the log of one run: as it is where long enough, else gone on with, else begun."""

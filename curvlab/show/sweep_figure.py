@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,12 @@ from curvlab.show.style import looks, shading
 
 _NAMES = {"lr": "learning rate", "damping": "damping"}
 _LEVELS = 12
-_STAR = {"markersize": 13, "markerfacecolor": "#E69F00", "markeredgecolor": "black"}
+STAR: Mapping[str, Any] = {
+    "markersize": 13,
+    "markerfacecolor": "#E69F00",
+    "markeredgecolor": "black",
+}
+"""How the best place of a landscape is drawn."""
 
 
 def landscape(ds: xr.Dataset) -> Figure:
@@ -78,7 +84,7 @@ def _contours(ds: xr.Dataset, score: xr.DataArray, names: list[str]) -> Figure:
     figure = Figure(figsize=(3.4 * across + 1.3, 3.0 * down + 0.9), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False)
     known = score.values[np.isfinite(score.values)]
-    norm = _norm(known, swept.most_is_best(ds))
+    norm = score_scale(known, swept.most_is_best(ds))
     shades = shading(swept.most_is_best(ds))
     best = {b.algorithm: b for b in swept.best_places(ds)}
     for ax, name in zip(panels.flat, names, strict=False):
@@ -90,7 +96,7 @@ def _contours(ds: xr.Dataset, score: xr.DataArray, names: list[str]) -> Figure:
         _panel(ax, at.transpose("damping", "lr"), norm, shades)
         if name in best:
             place = best[name].place
-            ax.plot(place["lr"], place["damping"], "*", zorder=4, **_STAR)
+            ax.plot(place["lr"], place["damping"], "*", zorder=4, **STAR)
         ax.set_title(f"{name}: {best[name].score:.4g}" if name in best else name, fontsize=10)
     for ax in panels.flat[len(names) :]:
         ax.set_visible(False)
@@ -113,8 +119,13 @@ def _there(ds: xr.Dataset, name: str) -> xr.DataArray:
     return of.notnull().any(around) if around else of.notnull()
 
 
-def _norm(known: NDArray[Any], most: bool) -> Normalize:
-    """Return the scale of colours: of losses logarithmic, cut where they are far from the best."""
+def score_scale(known: NDArray[Any], most: bool = False) -> Normalize:
+    """Return the scale of colours: of losses logarithmic, cut where they are far from the best.
+
+    Args:
+        known: the scores, all finite.
+        most: whether the best is the largest.
+    """
     if not known.size:
         return Normalize(0, 1)
     low, high = float(known.min()), float(known.max())

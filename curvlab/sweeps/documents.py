@@ -68,6 +68,30 @@ _CNN_SGD = {
     "lr": (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3),
     "weight_decay": (1e-3, 0.01, 0.1, 1.0),
 }
+_4_3 = (
+    _each("sgd-m", (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03))
+    | _each("adam", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01), damping=(1e-8, 1e-4, 1e-2))
+    | _each(
+        "shampoo",
+        (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+        damping=(1e-4, 3e-4, 1e-3, 3e-3, 0.01),
+    )
+    | _each(
+        "tnt",
+        (1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+        damping=(1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3),
+    )
+    | _each(
+        "kfac",
+        (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3),
+        damping=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    )
+)
+_MOMENTA: tuple[dict[str, _Numbers], ...] = (
+    {"momentum": (0.9, 0.99, 0.999), "decay": (0.9, 0.99, 0.999)},
+    {"momentum": (0.9, 0.99, 0.999)},
+)
+"""μ and β; SGD with momentum has no β."""
 
 DOCUMENT_GRIDS: Mapping[str, DocumentGrid] = MappingProxyType(
     {
@@ -116,23 +140,16 @@ DOCUMENT_GRIDS: Mapping[str, DocumentGrid] = MappingProxyType(
             "autoencoders, batches of 1000: the values of Figure 4.2",
             "thesis 4.7.2",
             "train_loss",
-            _each("sgd-m", (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03))
-            | _each("adam", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01), damping=(1e-8, 1e-4, 1e-2))
-            | _each(
-                "shampoo",
-                (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
-                damping=(1e-4, 3e-4, 1e-3, 3e-3, 0.01),
-            )
-            | _each(
-                "tnt",
-                (1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
-                damping=(1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3),
-            )
-            | _each(
-                "kfac",
-                (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3),
-                damping=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
-            ),
+            _4_3,
+        ),
+        "thesis-table-4.7": DocumentGrid(
+            "autoencoders, batches of 1000: the values of Figure 4.6",
+            "thesis 4.7.3",
+            "train_loss",
+            {
+                name: MappingProxyType({**axes, **_MOMENTA[name == "sgd-m"]})
+                for name, axes in _4_3.items()
+            },
         ),
         "thesis-table-4.4": DocumentGrid(
             "VGG16 and ResNet32, batches of 128: the values of Figure 4.3",
