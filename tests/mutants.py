@@ -5,9 +5,9 @@
 
 A mutant is one change of an operator, a comparison, a number, a sign or a transpose in a function
 of `MODULES`. All thinned tests (`thinned(k)`) run once with the lines noted that each case goes
-through. A mutant runs against the cases that go through its statement, and no others: first those
-of every day, up to the first failure; where none fails the others too. So a mutant that the first
-kill both kill. Prints a line a mutant and both sums.
+through. Mutants are drawn of the statements that some case goes through, and run against these
+cases and no others: first those of every day, up to the first failure; where none fails the others
+too. So a mutant that the first kill both kill. Prints a line a mutant and both sums.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,10 @@ class Mutant:
     def applied(self, text: str) -> str:
         """Return the module's text with the change."""
         return text[: self.start] + self.new + text[self.end :]
+
+    def cases(self, by_line: Mapping[int, set[str]]) -> set[str]:
+        """Return the cases that go through its statement."""
+        return set[str]().union(*(by_line.get(line, set()) for line in self.lines))
 
 
 def mutants(path: Path) -> Iterator[Mutant]:
@@ -204,15 +208,17 @@ def main() -> None:
     ]
     places = [path for pattern in MODULES for path in sorted((ROOT / "curvlab").glob(pattern))]
     every = [mutant for path in places for mutant in mutants(path)]
-    drawn = random.Random(options.seed).sample(every, options.count)
-    print(f"{len(every)} mutants of {len(places)} modules; {len(tests)} files of thinned tests")
     with tempfile.TemporaryDirectory() as noted:
-        touched = sorted({ROOT / "curvlab" / mutant.path for mutant in drawn})
-        through = cases_by_line(touched, tests, Path(noted))
+        through = cases_by_line(places, tests, Path(noted))
+    met = [(mutant, cases) for mutant in every if (cases := mutant.cases(through[mutant.path]))]
+    print(
+        f"{len(every)} mutants of {len(places)} modules, {len(met)} of which some case of"
+        f" {len(tests)} files of thinned tests goes through"
+    )
     rows = []
-    for number, mutant in enumerate(drawn):
-        by_line = through[mutant.path]
-        cases = set().union(*(by_line.get(line, set()) for line in mutant.lines))
+    for number, (mutant, cases) in enumerate(
+        random.Random(options.seed).sample(met, options.count)
+    ):
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder)
             shutil.copytree(ROOT / "curvlab", package / "curvlab")

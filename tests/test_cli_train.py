@@ -263,9 +263,9 @@ LONG = [
     "--damping",
     "0.1",
     "--epochs",
-    "3",
+    "2",
 ]
-LONG += ["--checkpoint-seconds", "0.05", "--evaluate-samples", "5000"]
+LONG += ["--checkpoint-seconds", "0.05", "--evaluate-samples", "1000"]
 LONG += ["--probe", "loss", "--probe", "norms:7"]
 
 

@@ -481,6 +481,7 @@ def cloned(direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {block: t.clone() for block, t in direction.items()}
 
 
+@pytest.mark.thinned(2)
 @algorithms
 def test_directions_on_a_shared_observation_are_those_of_its_own(
     name: str, together: dict[str, tuple[Directions, Directions, Directions]]

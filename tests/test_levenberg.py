@@ -246,6 +246,7 @@ def test_inverses_have_the_l2_term_beside_the_damping(name: str, adapt: bool) ->
     assert curvature.refreshed == pytest.approx(0.1, rel=1e-14)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ["smw-gn", "hf", "smw-ng-bd"])
 def test_damping_never_rises_from_rounding(name: str, dtype: torch.dtype) -> None:

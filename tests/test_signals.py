@@ -200,6 +200,7 @@ def is_step(self: object, x: object, y: object = None, stream: str = "step") -> 
 # ---- train
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("number", "step"), [*((n, 3) for n in SIGNALS), *((signal.SIGTERM, n) for n in (1, 4, 6, 8))]
 )
@@ -257,6 +258,7 @@ LATER: dict[str, tuple[object, str, int, int]] = {
 """{phase: (owner, function, call, steps that must be in the checkpoint)}"""
 
 
+@pytest.mark.thinned(2)
 @by_signal("phase", list(LATER))
 def test_a_signal_between_steps(
     phase: str, number: int, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

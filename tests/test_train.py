@@ -1110,7 +1110,7 @@ WITH_PROBES: Cuts = [(steps, seconds) for steps in (3, 4, 6) for seconds in (1e-
     ("algorithm", "cuts"),
     [
         pytest.param("k-bfgs-20", [(3, 1e-9), (4, 1e-9), (6, 60.0)], id="k-bfgs-20"),
-        pytest.param("kfac", [(6, 60.0)], id="kfac"),
+        pytest.param("kfac", [(6, 60.0)], id="kfac", marks=pytest.mark.slow),
         pytest.param("lbfgs", [(3, 1e-9)], id="lbfgs"),
         *(
             pytest.param(name, WITH_PROBES, marks=pytest.mark.slow, id=f"{name}-everywhere")
