@@ -580,13 +580,23 @@ def test_the_quick_reader_reads_what_open_reads(here: Path, whole: SweepRun) -> 
 
 
 def workers_of(process: int) -> list[int]:
-    """The workers among the children of a process, by what the system says of them."""
+    """The workers of a process, by what the system says: new processes, or forks of its server."""
+    found = []
+    for child, words in children_of(process):
+        if "spawn_main" in words:
+            found.append(child)
+        elif "forkserver" in words:
+            found += [worker for worker, _ in children_of(child)]
+    return found
+
+
+def children_of(process: int) -> list[tuple[int, str]]:
     found = []
     for folder in Path("/proc").iterdir():
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == process and "spawn_main" in (folder / "cmdline").read_text():
-                found.append(int(folder.name))
+            if parent == process:
+                found.append((int(folder.name), (folder / "cmdline").read_text()))
         except (OSError, ValueError, IndexError):
             continue
     return found

@@ -52,6 +52,7 @@ def _run_by_words(words: list[str], folder: Path, task: Task) -> str:
     """Run a command line; return the last line that it has said of what went wrong."""
     import torch
 
+    from curvlab import datasets
     from curvlab.cli.app import run_here
 
     # each time: a new thread of the worker would begin with another number
@@ -59,7 +60,7 @@ def _run_by_words(words: list[str], folder: Path, task: Task) -> str:
     if task.importable not in sys.path:
         sys.path.insert(0, task.importable)
     said, printed = io.StringIO(), io.StringIO()
-    with bare(), redirect_stderr(said), redirect_stdout(printed):
+    with datasets.keeping(), bare(), redirect_stderr(said), redirect_stdout(printed):
         code = run_here(words)
     text = said.getvalue()
     (folder / OUTPUT).write_text(printed.getvalue() + text, encoding="utf-8", errors="replace")
