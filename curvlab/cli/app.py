@@ -24,7 +24,6 @@ from curvlab.cli import compare, lists, logs, reproduce, spectrum, sweep, train
 from curvlab.cli.ranks import check_command
 from curvlab.cli.terminal import err, out, say, say_interrupted
 from curvlab.errors import CurvlabError, CurvlabWarning
-from curvlab.sweeps.warm import warm_up
 from curvlab.system import blame
 from curvlab.system.blame import verdict
 from curvlab.system.escape import for_rich, for_terminal
@@ -95,15 +94,10 @@ _HEAVY = {
 them behind.
 """
 
-_OF_A_POINT = ("curvlab.cli.app", "curvlab.cli.point")
-"""What the workers of a sweep import while it imports its own."""
-
 
 def _load(words: list[str]) -> None:
     chosen = next((word for word in words if not word.startswith("-")), "")
     if chosen in _HEAVY and not {"-h", "--help"} & set(words):
-        if chosen == "sweep":
-            warm_up(words, [*_OF_A_POINT, _HEAVY["compare" if "compare" in words else "train"]])
         importlib.import_module(_HEAVY[chosen])
 
 
