@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 _ASKED = "CURVLAB_WARM"
 """Variable of the environment that tells the server what to import."""
@@ -155,7 +156,7 @@ def _end() -> None:
             os.waitpid(pid, 0)
 
 
-def _serve(asked: Mapping[str, object]) -> None:
+def _serve(asked: Mapping[str, Any]) -> None:
     """Import what workers will need, in the server.
 
     What cannot be imported is said by the worker that needs it. Nothing is computed: a process that
@@ -163,8 +164,8 @@ def _serve(asked: Mapping[str, object]) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    _restore(asked["before"])  # type: ignore[arg-type]  # {name: value or None}
-    for name in asked["modules"]:  # type: ignore[attr-defined]  # a list of names
+    _restore(asked["before"])
+    for name in asked["modules"]:
         if os.getppid() != asked["of"]:
             os._exit(0)  # the command has ended
         with suppress(Exception):
