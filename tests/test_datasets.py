@@ -230,3 +230,32 @@ def test_labels_may_say_that_there_is_none(ten: Dataset) -> None:
 
 def test_large_numbers_are_not_taken_for_infinite(ten: Dataset) -> None:
     replace(ten, x=torch.full((10, 2), 3e38)).check()
+
+
+def test_a_data_set_is_kept_for_the_next_point_while_nothing_writes_into_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not outside, not another's, not what was written to or entered anew, and one at most."""
+    monkeypatch.setattr(cl.datasets, "_kept", {})
+    first = cl.datasets.load("copying")
+    with cl.datasets.keeping():
+        kept = cl.datasets.load("copying")
+        assert kept is not first
+        assert cl.datasets.load("copying") is kept
+    assert cl.datasets.load("copying") is not kept
+    with cl.datasets.keeping():
+        assert cl.datasets.load("copying") is kept
+        kept[0].x[3:5].add_(1)  # a view, as a model's function may get
+        fresh = cl.datasets.load("copying")
+        assert torch.equal(fresh[0].x, first[0].x)
+        entry = DATASETS["copying"]
+        monkeypatch.setitem(DATASETS, "copying", replace(entry))
+        again = cl.datasets.load("copying")
+        assert again is not fresh
+        cl.datasets.load("addition")
+        assert list(cl.datasets._kept) == ["addition"]
+        other = DataEntry("another's", lambda: first)
+        monkeypatch.setitem(DATASETS, "others", other)
+        cl.datasets.load("others")
+        assert not cl.datasets._kept
+    assert not cl.datasets._keeps

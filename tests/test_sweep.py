@@ -237,6 +237,40 @@ def test_what_happens_to_a_point_is_a_row(here: Path) -> None:
     assert [row["state"] for row in reading.rows(again.dataset)] == ["done", "done"]
 
 
+def test_a_log_comes_with_its_outcome_or_by_its_file(
+    here: Path, whole: SweepRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same result; what is sent is what the file says; what failed is looked up."""
+    folder = here / "sent"
+    shutil.copytree(here / "whole", folder)
+    points = sorted((folder / "points").iterdir())
+    read: list[Path] = []
+    finished = standing.finished
+
+    def seen(place: Path) -> Any:
+        read.append(place)
+        return finished(place)
+
+    monkeypatch.setattr("curvlab.sweeps.walk.standing.finished", seen)
+    for sent in (True, False):
+        monkeypatch.setattr("curvlab.cli.point.SENT", 1 << 20 if sent else 0)
+        for point in points[:2]:
+            shutil.rmtree(point)
+        read.clear()
+        run, _ = inline(folder, **EIGHT)
+        assert [read.count(p) for p in points] == [*[3 if sent else 4] * 2, *[1] * 6]
+        xr.testing.assert_identical(run.dataset, whole.dataset)
+        assert all(outcome.log is None for outcome in run.outcomes.values())
+    task = Task((), str(points[0]), 1, "again", ".")
+    outcome = work(task)
+    assert outcome == Outcome("done")
+    assert outcome.log is None
+    monkeypatch.setattr("curvlab.cli.point.SENT", 1 << 20)
+    found = finished(points[0])
+    assert found is not None
+    xr.testing.assert_identical(work(task).log, found[1])
+
+
 def test_ctrl_c_keeps_what_is_done(here: Path, whole: SweepRun) -> None:
     folder = here / "stopped"
     shutil.copytree(here / "whole", folder)
@@ -580,13 +614,23 @@ def test_the_quick_reader_reads_what_open_reads(here: Path, whole: SweepRun) -> 
 
 
 def workers_of(process: int) -> list[int]:
-    """The workers among the children of a process, by what the system says of them."""
+    """The workers of a process, by what the system says: new processes, or forks of its server."""
+    found = []
+    for child, words in children_of(process):
+        if "spawn_main" in words:
+            found.append(child)
+        elif "forkserver" in words:
+            found += [worker for worker, _ in children_of(child)]
+    return found
+
+
+def children_of(process: int) -> list[tuple[int, str]]:
     found = []
     for folder in Path("/proc").iterdir():
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == process and "spawn_main" in (folder / "cmdline").read_text():
-                found.append(int(folder.name))
+            if parent == process:
+                found.append((int(folder.name), (folder / "cmdline").read_text()))
         except (OSError, ValueError, IndexError):
             continue
     return found

@@ -21,9 +21,9 @@ from curvlab.cli.train import checked_training, train
 from curvlab.errors import CurvlabError, fitting, lookup, shown, unknown, whole
 from curvlab.show.tables import SCORES
 from curvlab.sweeps.documents import DOCUMENT_GRIDS
-from curvlab.sweeps.engine import cores
 from curvlab.sweeps.grid import GridAxis, Value, merged
 from curvlab.sweeps.points import SweepSettings
+from curvlab.sweeps.warm import cores
 
 _COMMANDS: dict[str, Any] = {"train": train, "compare": compare}
 MOST_WORKERS = 4096

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from curvlab import moved
 from curvlab.datasets.base import Batches, Dataset, SparseRows
@@ -125,16 +128,55 @@ DATASETS: dict[str, DataEntry] = {
 }
 
 
+_Parts = tuple[Dataset, Dataset]
+_keeps = False
+_kept: dict[str, tuple[DataEntry, _Parts, list[int]]] = {}
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Let `load` give the data set that it gave last inside of an earlier one, where it may.
+
+    A process that runs the points of a sweep reads and decompresses their data once. One of
+    curvlab's own data sets is kept, the last, unless something has written into its tensors;
+    another's `load` may draw random numbers.
+    """
+    global _keeps
+    before, _keeps = _keeps, True
+    try:
+        yield
+    finally:
+        _keeps = before
+
+
 def load(name: str) -> tuple[Dataset, Dataset]:
     """Load (train, test) of data set `name`; a set without a test part gives one of no examples.
 
     Raises:
         CurvlabError: an unknown name, a missing or damaged file, data that contain NaN.
     """
-    parts = lookup(DATASETS, name, "data set").load()
+    entry = lookup(DATASETS, name, "data set")
+    if _keeps and name in _kept:
+        of, parts, versions = _kept[name]
+        if of is entry and versions == _versions(parts):
+            return parts
+    if _keeps:
+        _kept.clear()  # there is room for one
+    parts = entry.load()
     for part in parts:
         part.check()
+    own = getattr(entry.load, "__module__", "").startswith(f"{__name__}.")
+    if _keeps and own and _versions(parts):
+        _kept[name] = (entry, parts, _versions(parts))
     return parts
+
+
+def _versions(parts: _Parts) -> list[int]:
+    """Return how often each tensor was written to; empty where some are no tensors."""
+    tensors = [values for part in parts for values in (part.x, part.y)]
+    if not all(isinstance(values, Tensor) for values in tensors):
+        return []
+    return [values._version for values in tensors if isinstance(values, Tensor)]
 
 
 if not TYPE_CHECKING:  # to a type checker the old names are gone

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from curvlab.errors import CurvlabError, cause_of
 from curvlab.sweeps.points import Outcome, Task
 from curvlab.sweeps.standing import ATTEMPTS, KILLED, attempts
+from curvlab.sweeps.warm import is_warm, worker_environment
 
 CONNECT = 5.0
 """Seconds for a scheduler to answer; with the imports before it the line comes within ten."""
@@ -231,14 +232,19 @@ def _local(
 ) -> Iterator[tuple[Any, Callable[[], None]]]:
     """Yield a client of a cluster of this machine, which ends with it, and what revives workers."""
     dask = importlib.import_module("dask")
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     settings = {
         "distributed.worker.daemon": False,  # so that a DataLoader may have workers of its own
         "distributed.scheduler.worker-ttl": None,  # a point may hold the GIL as long as it likes
         "distributed.scheduler.allowed-failures": 10 * ATTEMPTS,  # the points count for themselves
         "distributed.scheduler.worker-saturation": 1.0,  # a worker that dies holds its point alone
         "distributed.worker.profile.enabled": False,
-        "distributed.nanny.pre-spawn-environ": dict.fromkeys(names, str(threads)),
+        # what watches over the event loops takes as much of the cores as the scheduling does
+        "distributed.admin.tick.interval": "5s",
+        "distributed.admin.system-monitor.interval": "60s",
+        "distributed.scheduler.work-stealing": False,  # no worker holds more than it computes
+        "distributed.scheduler.active-memory-manager.start": False,
+        "distributed.nanny.pre-spawn-environ": worker_environment(threads),
+        "distributed.worker.multiprocessing-method": "forkserver" if is_warm(threads) else "spawn",
         "distributed.comm.timeouts.connect": "60s",  # of workers that import torch meanwhile
     }
     with dask.config.set(settings):
@@ -301,11 +307,6 @@ def _quiet() -> Iterator[None]:
 
 def _brief(error: BaseException) -> str:
     return cause_of(error) or type(error).__name__
-
-
-def cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def new_start() -> str:

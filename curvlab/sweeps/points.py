@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,10 +51,13 @@ class Outcome:
         state: `done`; `diverged`, its numbers left the finite range; `failed`, with an error;
             `killed`, with its worker.
         reason: of anything but `done`, one line.
+        log: the data set that the worker has read from the point's log, where it is small; who
+            asked then need not read the file once more. It takes no part in comparisons.
     """
 
     state: PointState
     reason: str = ""
+    log: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

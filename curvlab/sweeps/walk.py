@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,10 @@ def _gone_through(
     begun = first = time.monotonic()
     before = len(points) - len(tasks)
     for done, (name, outcome) in enumerate(engine.outcomes(tasks, work) if tasks else (), 1):
-        found = standing.finished(place_of(folder, points[name]))
-        gathered.add(points[name], *(found or (outcome, None)))
+        ended, log = replace(outcome, log=None), outcome.log
+        if log is None:  # large, or of a point that failed before its log was whole
+            ended, log = standing.finished(place_of(folder, points[name])) or (ended, None)
+        gathered.add(points[name], ended, log)
         now, rest = time.monotonic(), len(tasks) - done
         # the first point's time has the start of the workers in it
         first = now if done == 1 else first
