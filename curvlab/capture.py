@@ -374,7 +374,6 @@ class Capture(Hearing):
         The gradient is zero where there is none.
         """
         found, scale = {}, 1 / size
-        plain: dict[str, Tensor] = {}  # sums of blocks of one tensor
         for block in blocks:
             each = {name: self._sum(sums.get(name), name) for name in block.params}
             used = any(
@@ -382,7 +381,7 @@ class Capture(Hearing):
                 for name in block.params
             )
             if block.layer is None or not block.biased:
-                plain[block.name] = mean = block.gather(each)
+                mean = block.gather(each) * scale
             elif each[block.params[0]].numel() < _SMALL:
                 mean = block.gather(each).mul_(scale)  # a copy
             else:
@@ -390,9 +389,6 @@ class Capture(Hearing):
                 torch.mul(block.gather_weight(each), scale, out=mean[:, :-1])
                 torch.mul(each[block.params[1]], scale, out=mean[:, -1])
             found[block.name] = mean, used
-        if plain:
-            means = torch._foreach_mul(list(plain.values()), scale)
-            found |= {n: (m, found[n][1]) for n, m in zip(plain, means, strict=True)}
         return found
 
     def _sum(self, d: Tensor | None, name: str) -> Tensor:
