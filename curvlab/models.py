@@ -235,6 +235,13 @@ MODELS: dict[str, ModelEntry] = {
         "bernoulli",
         "thesis 5.8",
     ),
+    "a9a-400": ModelEntry(
+        "123-400-400-1 sigmoid: webspam-400 on fewer features",
+        lambda: mlp([123, 400, 400, 1], nn.Sigmoid),
+        "a9a-standard",
+        "bernoulli",
+        "thesis 5.8, other data",
+    ),
     "convnet": ModelEntry(
         "three convolutions and a linear layer; widths not published",
         convnet,

@@ -19,6 +19,7 @@ NEEDS = {
     "cifar10-subset": ("cifar10_subset.npz",),
     "cifar10-subset-standard": ("cifar10_subset.npz",),
     "a9a": ("a9a",),
+    "a9a-standard": ("a9a",),
     "w8a": ("w8a",),
     "news20": ("news20.npz",),
     "webspam": ("webspam_wc_normalized_unigram.svm",),

@@ -30,6 +30,7 @@ KINDS = {  # {name: (inputs, outputs, parameters)}; beside them, where a count i
     "mnist-500": ((784,), 10, 397_510),
     "cifar-400": ((3072,), 10, 1_393_610),
     "webspam-400": ((254,), 1, 262_801),
+    "a9a-400": ((123,), 1, 210_401),
     "convnet": ((3, 32, 32), 10, 89_578),
     "all-cnn-c": ((3, 32, 32), 10, 1_369_738),  # about 1.4 M, Springenberg et al. 2015, table 3
     "vgg16": ((3, 32, 32), 10, 14_728_266),
@@ -54,6 +55,7 @@ WIDTHS = {  # as the documents print them
     "mnist-500": [784, 500, 10],
     "cifar-400": [3072, 400, 400, 10],
     "webspam-400": [254, 400, 400, 1],
+    "a9a-400": [123, 400, 400, 1],
 }
 
 
@@ -131,7 +133,7 @@ def test_autoencoders_have_a_relu_after_every_layer_but_code_and_output(name: st
             )
 
 
-@pytest.mark.parametrize("name", ["mnist-500", "cifar-400", "webspam-400"])
+@pytest.mark.parametrize("name", ["mnist-500", "cifar-400", "webspam-400", "a9a-400"])
 def test_networks_of_5_8_are_logistic(name: str) -> None:
     assert {type(m) for m in cl.models.build(name).children()} == {nn.Linear, nn.Sigmoid}
 

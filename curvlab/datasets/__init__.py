@@ -24,7 +24,7 @@ from curvlab.datasets.images import (
     mnist_ae,
     mnist_standard,
 )
-from curvlab.datasets.libsvm import a9a, news20, w8a, webspam
+from curvlab.datasets.libsvm import a9a, a9a_standard, news20, w8a, webspam
 from curvlab.datasets.regenerated import curves, faces
 from curvlab.datasets.sequences import addition, copying, shakespeare, shakespeare32
 from curvlab.errors import lookup
@@ -95,6 +95,11 @@ DATASETS: dict[str, DataEntry] = {
     "cifar10-subset-standard": DataEntry("the subset, likewise", cifar10_subset_standard, _OWN),
     "a9a": DataEntry(
         "UCI Adult, 123 binary features; 32,561 train, 16,281 test; for S2QN (26)", a9a, _EITHER
+    ),
+    "a9a-standard": DataEntry(
+        "UCI Adult, each feature at mean 0 and variance 1: in webspam's place (thesis 5.8)",
+        a9a_standard,
+        _EITHER,
     ),
     "w8a": DataEntry(
         "web pages, 300 binary features; 49,749 train, no test; for S2QN (26)", w8a, _EITHER

@@ -128,6 +128,7 @@ PROBLEMS: dict[str, PublishedProblem] = {
         "cifar-400", "cifar10-standard", _sigmoid(12, 8, 8, 10), "cifar10-subset-standard"
     ),
     "webspam": PublishedProblem("webspam-400", "webspam", _sigmoid(12, 8, 8, 1)),
+    "a9a in webspam's place": PublishedProblem("a9a-400", "a9a-standard", _sigmoid(12, 8, 8, 1)),
     "VGG16, CIFAR-10": PublishedProblem("vgg16", "cifar10", VGG, "cifar10-subset"),
     "VGG16, CIFAR-100": PublishedProblem("vgg16", "cifar100", VGG),
     "ResNet32, CIFAR-10": PublishedProblem("resnet32", "cifar10", RESNET, "cifar10-subset"),
