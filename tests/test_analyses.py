@@ -174,17 +174,10 @@ def test_the_user_script_takes_ten_lines() -> None:
 
 
 NOTEBOOKS = sorted(p for p in ANALYSES.glob("*.ipynb") if p.name not in BY_HAND)
-BY_A_KERNEL = {"how_good_is_kfac.ipynb"}
-"""By default; the others too when slow."""
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(p, id=p.name, marks=[] if p.name in BY_A_KERNEL else [pytest.mark.slow])
-        for p in NOTEBOOKS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.name) for p in NOTEBOOKS])
 def test_notebook_by_a_kernel(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
@@ -204,7 +197,6 @@ LENGTHY = {"comparing_two_runs.ipynb"}
     [
         pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.name in LENGTHY else [])
         for p in NOTEBOOKS
-        if p.name not in BY_A_KERNEL
     ],
 )
 def test_notebook(path: Path) -> None:

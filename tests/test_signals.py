@@ -792,6 +792,7 @@ class Net(nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_a_real_process_that_slurm_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM, then what the line says: the same run as one that never stopped."""
     (tmp_path / "own_of_slurm.py").write_text(OWN)
