@@ -563,7 +563,6 @@ def test_one_or_two_examples_are_enough(name: str, model: str, n: int) -> None:
     assert dot(direction, observation.gradients) > 0
 
 
-@pytest.mark.thinned(3)
 @pairs(RULED, "value", [0.0, 1.0])
 def test_constant_inputs(name: str, model: str, value: float) -> None:
     """A batch of one image many times over: rank one, and with zeros a first layer without
