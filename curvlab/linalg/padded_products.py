@@ -15,6 +15,7 @@ from torch import Tensor
 
 _LINE = 64  # bytes of a cache line
 _LARGE = 128  # columns, from which on it pays
+_LONG = 192  # rows of a second moment, likewise: of fewer, copying a triangle costs what it saves
 
 
 def room(like: Tensor, rows: int, columns: int) -> Float[Tensor, "R C"]:
@@ -40,12 +41,12 @@ def padded_product(
 def second_moment(
     rows: Float[Tensor, "R D"], scale: float = 1.0, out: Float[Tensor, "D D"] | None = None
 ) -> Float[Tensor, "D D"]:
-    """Return scale · rowsᵀ rows, of which only one triangle is computed where it is large.
+    """Return scale · rowsᵀ rows, of which only one triangle is computed where that is faster.
 
     It is written into `out` as by `padded_product`.
     """
     order = rows.shape[1]
-    if rows.device.type != "cpu" or order < _LARGE:
+    if rows.device.type != "cpu" or order < _LARGE or len(rows) < _LONG:
         return padded_product(rows.mT, rows, scale, out)
     matrix = room(rows, order, order) if out is None else out
     # rows of the lower triangle, not its columns: at orders that are multiples of 64 the columns'
