@@ -342,6 +342,12 @@ def block_with_defaults(block: Any) -> BlockDefaults:
     return block if isinstance(block, BlockDefaults) else _CompletedBlock(block)
 
 
+def with_own(method: str, blocks: Mapping[str, CurvatureBlock]) -> dict[str, CurvatureBlock]:
+    """Return the blocks that may have a method of `BlockDefaults` of their own."""
+    default = getattr(BlockDefaults, method)
+    return {n: b for n, b in blocks.items() if getattr(type(b), method, None) is not default}
+
+
 def with_defaults(curvature: Any) -> CurvatureDefaults:
     """Return the curvature itself, completed by `CurvatureDefaults` where it lacks some of them.
 

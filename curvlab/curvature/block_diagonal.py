@@ -20,13 +20,14 @@ from curvlab.curvature.base import (
     block_with_defaults,
     check_algorithm,
     check_damping,
+    with_own,
 )
 from curvlab.curvature.block_states import checked, cloned, may_have, put_back, states_of
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.identity import IdentityBlock
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_by_block
 from curvlab.curvature.moments import check_folds, with_terms
-from curvlab.curvature.owners import HEEDS, REFRESHES, SETTLES, Works, share_out
+from curvlab.curvature.owners import HEEDS, REFRESHES, SETTLES, share_out
 from curvlab.curvature.preconditioning import (
     do_together,
     preconditioned,
@@ -104,8 +105,8 @@ class BlockDiagonal(CurvatureDefaults):
         self.levenberg = damping_rule if isinstance(damping_rule, LevenbergMarquardt) else None
         self.norm_rule = damping_rule if isinstance(damping_rule, GradientNorm) else None
         self._look, self._shift, self._ranks = look, shift, ranks
-        # of blocks that no minibatch has reached yet: the identity
-        self._idle: dict[str, Operator] = {}
+        self._share_out = partial(share_out, ranks, self._partition)
+        self._idle: dict[str, Operator] = {}  # of what no minibatch has reached yet: the identity
         self.gradient_norm: float | None = None  # of the last minibatch
         self.steps = self.updates = 0
         self.warmed = self.ready = False
@@ -253,10 +254,8 @@ class BlockDiagonal(CurvatureDefaults):
         return None if self.refreshed is None else self.refreshed + self._shift
 
     def _settle(self) -> None:
-        self._share_out(SETTLES, lambda block: block_with_defaults(block).settle(self._damped))
-
-    def _share_out(self, table: Works, work: Callable[[CurvatureBlock], None]) -> None:
-        share_out(self._ranks, table, self._live, self._partition, work)
+        settling, damping = with_own("settle", self._live), self._damped
+        self._share_out(SETTLES, settling, lambda b: block_with_defaults(b).settle(damping))
 
     @property
     def _live(self) -> dict[str, CurvatureBlock]:
@@ -265,13 +264,14 @@ class BlockDiagonal(CurvatureDefaults):
     @precise()
     def heed(self, momentum: Mapping[str, Tensor]) -> None:
         """Tell every block of the momentum that is preconditioned next."""
-        for name, m in momentum.items():
-            if name not in self._idle:
-                block_with_defaults(self.blocks[name]).heed(m, self._damped)
+        live = self._live
+        for name, block in with_own("heed", live).items():
+            if name in momentum:
+                block_with_defaults(block).heed(momentum[name], self._damped)
         if self._ranks.several:
-            self._share_out(HEEDS, lambda block: None)
+            self._share_out(HEEDS, live, lambda block: None)
         else:
-            do_together(self.blocks[name] for name in momentum if name not in self._idle)
+            do_together(b for name, b in with_own("together", live).items() if name in momentum)
 
     rejects = False
 
@@ -345,7 +345,7 @@ class BlockDiagonal(CurvatureDefaults):
             raise CurvlabError(NO_DATA)
         check_damping(self.damping)
         damping = self._lambda
-        self._share_out(REFRESHES, lambda block: block.refresh(damping + self._shift))
+        self._share_out(REFRESHES, self._live, lambda b: b.refresh(damping + self._shift))
         self.refreshed = damping
         self.ready, self._stale = True, False
 
@@ -360,7 +360,8 @@ class BlockDiagonal(CurvatureDefaults):
         Returns:
             The same keys and shapes.
         """
-        straight = straight_directions(self._live if self.ready else {}, self._partition, grads)
+        able = with_own("direction_of", self._live) if self.ready else {}
+        straight = straight_directions(able, self._partition, grads)
         rest = [name for name in grads if name not in straight] if straight else None
         return preconditioned(self._inverses(rest), self._partition, grads, straight)
 

@@ -155,18 +155,18 @@ def owners(
 
 def share_out(
     ranks: Ranks,
+    partition: Mapping[str, Block],
     table: Works,
     blocks: Mapping[str, CurvatureBlock],
-    partition: Mapping[str, Block],
     work: Callable[[CurvatureBlock], None],
 ) -> None:
     """Do `work` for every block, each that is dear on one rank alone, and send what comes of it.
 
     Args:
         ranks: that share it; alone it is a loop.
-        table: as of `owners`, and so are the blocks and the partition.
+        partition: as of `owners`, and so are the table and the blocks.
+        table: likewise.
         blocks: likewise.
-        partition: likewise.
         work: of a block's curvature.
 
     Raises:
