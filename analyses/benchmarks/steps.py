@@ -333,9 +333,10 @@ def run(problem: str, flops: float) -> None:
         base = (bases[-2] + bases[-1]) / 2
         steps[label] = step, period
         ROWS.append([problem, label, round(1e3 * seconds, 1), round(seconds / base, 2)])
+        goal = goal if problem == "autoencoder" else None
         ROWS[-1] += [round(bound / flops / base, 2) if bound else None, goal]
         bounds = f"{bound / flops / base:>8.2f}" if bound else " " * 8
-        goals = f"{goal:>7.1f}" if goal and problem == "autoencoder" else " " * 7
+        goals = f"{goal:>7.1f}" if goal else " " * 7
         print(
             f"  {label:<20}{1e3 * seconds:>9.1f}{seconds / base:>8.2f}{bounds}{goals}{memory}",
             flush=True,
