@@ -76,7 +76,7 @@ def a9a_standard() -> tuple[Dataset, Dataset]:
         CurvlabError: a file is missing or damaged.
     """
     parts = a9a()
-    x = standardised(parts[0].x, parts[1].x)
+    x = standardised(*(part.x[:] for part in parts))
     said = "each at mean 0 and variance 1 over the training examples"
     train, test = (
         Dataset("a9a-standard", own, part.y, f"{part.description}, {said}")
