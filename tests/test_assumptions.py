@@ -126,6 +126,7 @@ def test_undamped_matrices_by_their_formulas(model: str) -> None:
 # errors
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", SUMS)
 @kinds
 def test_errors_by_hand(model: str, kind: Kind) -> None:
@@ -345,6 +346,7 @@ def test_the_dense_methods_are_the_block_itself(
         np.testing.assert_allclose(found["smallest_ratio"], 1, rtol=1e-10)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", SUMS)
 @pytest.mark.parametrize("kind", ["hessian", "fisher", "ef"])
 def test_spectra_are_no_further_apart_than_the_matrices(model: str, kind: Kind) -> None:

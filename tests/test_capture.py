@@ -105,6 +105,7 @@ def captured(
     return capture.backward(z, vectors), vectors
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_h_and_g_against_perturbation(model: str, count: int) -> None:

@@ -120,6 +120,7 @@ def test_pi_is_their_hessian_minus_their_ggn(model: str, likelihood: str) -> Non
     assert_same(p, ours, hessian - theirs(p, likelihood, "ggn")[0], scale)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "ef"])
 @pytest.mark.parametrize("model", TWICE)
 def test_blocks_and_products(model: str, kind: Kind) -> None:

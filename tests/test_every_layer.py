@@ -699,6 +699,7 @@ def scattered(objective: cl.Objective, observation: Observation) -> Named:
 # tests
 
 
+@pytest.mark.thinned(2)
 @layers
 @modes
 def test_the_mean_gradient_is_autograds(name: str, variant: str, places: str, mode: str) -> None:
@@ -744,7 +745,7 @@ def off(objective: cl.Objective, case: Case, plain: Plain, twin: Plain) -> list[
     return said + [f"hessian of block {gap}" for gap in gaps(found, expected)]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     ("name", "variant", "places"),
     in_short([c for c in cases() if EXAMPLES[c[0]][c[1]].alone], every=False),

@@ -59,6 +59,7 @@ def found(p: Problem, kind: Kind, block: Any, route: str = "auto") -> Tensor:
 # every matrix
 
 
+@pytest.mark.thinned(2)
 @zoo
 def test_whole_matrix(model: str, likelihood: str, kind: Kind) -> None:
     r = reference(model, likelihood)
@@ -67,6 +68,7 @@ def test_whole_matrix(model: str, likelihood: str, kind: Kind) -> None:
     assert_near(found(r.p, kind, None, "func"), expected(r, kind))
 
 
+@pytest.mark.thinned(2)
 @zoo
 def test_blocks(model: str, likelihood: str, kind: Kind) -> None:
     """All at once, every pass shared; and each alone, as `matrix` gives it."""
@@ -82,7 +84,7 @@ def test_blocks(model: str, likelihood: str, kind: Kind) -> None:
             assert_block(found(r.p, kind, block.name), own, whole)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @kinds
 @models
 def test_parameters_and_pairs(model: str, kind: Kind) -> None:
@@ -153,7 +155,7 @@ def test_layers_narrower_than_the_outputs_go_by_their_outputs_derivatives(
 # routes
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @zoo
 def test_every_route_that_fits_agrees_and_the_others_are_refused_by_name(
     model: str, likelihood: str, kind: Kind
@@ -228,7 +230,7 @@ def part(p: Problem, start: int, stop: int) -> Problem:
     return Problem(p.model, p.likelihood, p.x[start:stop], p.y[start:stop])
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @zoo
 def test_a_loader_gives_the_mean_over_all_examples(model: str, likelihood: str, kind: Kind) -> None:
     """Minibatches of 3, 1 and 3 examples; the drawn labels are each chunk's own."""

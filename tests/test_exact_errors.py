@@ -453,6 +453,7 @@ def dropping(what: str) -> tuple[nn.Module, Tensor, str]:
     return nn.Sequential(nn.Linear(5, 3), drops[what], nn.Linear(3, 3)), problem().x, "1"
 
 
+@pytest.mark.thinned(2)
 @everything
 @pytest.mark.parametrize(
     "what", ["dropout", "alpha", "channels", "attention", "recurrent", "transformer"]

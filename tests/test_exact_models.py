@@ -245,7 +245,7 @@ def by_autograd(p: Problem, kind: Kind) -> Tensor:
     return rows(rows(total, again=True)).detach()
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @kinds
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.filterwarnings(

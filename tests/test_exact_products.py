@@ -47,7 +47,7 @@ def cut(p: Problem, *sizes: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(p.x.split(sizes), p.y.split(sizes), strict=True))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @kinds
 @zoo
 def test_products_diagonal_and_trace(model: str, likelihood: str, kind: Kind) -> None:
@@ -65,6 +65,7 @@ def test_products_diagonal_and_trace(model: str, likelihood: str, kind: Kind) ->
     )
 
 
+@pytest.mark.thinned(2)
 @kinds
 @models
 def test_dense_and_spectrum(model: str, kind: Kind) -> None:
@@ -75,7 +76,7 @@ def test_dense_and_spectrum(model: str, kind: Kind) -> None:
     assert_near(found.eigvalsh(), torch.linalg.eigvalsh(whole))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @kinds
 @models
 def test_blocks_parameters_and_pairs(model: str, kind: Kind) -> None:
@@ -97,6 +98,7 @@ def test_blocks_parameters_and_pairs(model: str, kind: Kind) -> None:
         assert_block(pair.T @ u, whole[first[:, None], own] @ u, whole)
 
 
+@pytest.mark.thinned(2)
 @kinds
 @pytest.mark.parametrize("model", [*REPRESENTATIVE, "norm"])
 def test_a_loader_is_read_again_and_again(model: str, kind: Kind) -> None:
@@ -225,6 +227,7 @@ def test_inverse_of_what_is_singular() -> None:
 # SciPy
 
 
+@pytest.mark.thinned(2)
 @kinds
 @pytest.mark.parametrize("model", REPRESENTATIVE)
 def test_scipy_operator(model: str, kind: Kind) -> None:

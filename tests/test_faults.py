@@ -450,7 +450,7 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("name", CASES)
 def test_models_of_the_table(name: str, what: str) -> None:

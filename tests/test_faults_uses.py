@@ -304,7 +304,7 @@ def test_a_parameter_in_other_products(name: str, what: str) -> None:
     ask(PRODUCTS[name], what)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("name", CASES)
 def test_a_weight_in_other_ways(name: str, what: str) -> None:

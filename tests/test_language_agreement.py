@@ -231,6 +231,7 @@ models = pytest.mark.parametrize("name", MODELS)
 WAYS = [(part, per) for part in ("blocks", "whole", "between") for per in ("token", "sequence")]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("name", "kind", "way"), in_turn(MODELS, KINDS, WAYS))
 @pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 def test_every_kind_of_matrix(name: str, kind: Kind, way: tuple[str, str]) -> None:

@@ -580,6 +580,7 @@ def refreshing(name: str, at: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.thinned(2)
 @algorithms
 def test_compare_names_the_method_and_the_others_go_on(name: str, tmp_path: Path) -> None:
     case = Case("sgd-m", clean=0)

@@ -94,7 +94,7 @@ everywhere = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @everywhere
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adam_is_torchs(model: str, weight_decay: float, schedule: str) -> None:

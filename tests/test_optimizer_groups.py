@@ -796,6 +796,7 @@ def test_a_state_of_another_dtype_is_refused(name: str, alone: bool) -> None:
     assert equal(list(flat(curvature.state_dict())), before)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @algorithms
 def test_a_state_of_the_same_model_is_taken(name: str, dtype: torch.dtype) -> None:

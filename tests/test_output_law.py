@@ -662,6 +662,7 @@ def test_single_precision_finds_the_same(name: str) -> None:
         assert_near(outer(found).double(), output_hessian(case.likelihood(), case.z, case.y), 1e-5)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 6.0, 50.0, 1000.0])
 @pytest.mark.parametrize("outputs", [2, 8, 30])

@@ -283,6 +283,7 @@ DRAWING = [
 ]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("phase", "number"),
     [*((DRAWING[0], n) for n in SIGNALS), *((phase, signal.SIGTERM) for phase in DRAWING[1:])],
@@ -502,6 +503,7 @@ def objective() -> cl.Objective:
     return cl.Objective(models.build("small"), cl.likelihoods.Categorical(), seed=1)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("number", NUMBERS)
 def test_in_python_it_is_an_exception_and_the_run_goes_on(number: int, tmp_path: Path) -> None:
     more: dict[str, Any] = {"epochs": 2, "algorithm": "adam"}

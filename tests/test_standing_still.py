@@ -269,6 +269,7 @@ def test_loaders_that_give_other_data(name: str, kind: Kind) -> None:
         found.diag()
 
 
+@pytest.mark.thinned(2)
 @with_kinds(OTHERS | OTHER_ORDERS)
 def test_the_remedy_is_one(name: str, kind: Kind) -> None:
     o, v = objective(), vector(objective())
@@ -346,6 +347,7 @@ def test_the_diagonal_and_one_matrix_read_a_loader_once(kind: Kind) -> None:
     cl.exact.matrix(objective(), loader(), kind=kind, block=None)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["exact", "lanczos"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_spectra_are_all_of_the_same_data(name: str, method: str) -> None:
@@ -406,6 +408,7 @@ EDITS: dict[str, Callable[[Any], object]] = {
 }
 
 
+@pytest.mark.thinned(2)
 @with_kinds(EDITS)
 def test_weights_that_move_are_refused_however_they_are_moved(name: str, kind: Kind) -> None:
     o = objective()

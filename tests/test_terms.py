@@ -66,6 +66,7 @@ def test_dense_is_the_matrix_by_the_general_route(model: str, kind: Kind) -> Non
         near(terms(p, kind, block.name).dense(), expected, scale, 1e-11)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", SUMS)
 @kinds
 def test_every_sum_term_by_term(model: str, kind: Kind) -> None:
@@ -157,6 +158,7 @@ class Moved:
         )
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", ["tanh", "tokens", "conv", "conv-1d", "embedding"])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_preactivation_hessians_by_moving_the_output_of_the_layer(
