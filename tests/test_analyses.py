@@ -154,6 +154,7 @@ def run(script: str, words: list[str], folder: Path) -> tuple[int, str]:
     return forked(work)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "script", [pytest.param(s, marks=[pytest.mark.slow] if s in LONG else []) for s in SCRIPTS]
 )

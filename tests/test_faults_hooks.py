@@ -307,7 +307,7 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("name", CASES)
 def test_layers_changed_from_outside(name: str, what: str) -> None:

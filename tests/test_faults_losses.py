@@ -225,7 +225,7 @@ def agree(name: str, calls: dict[str, Callable[[], Tensor]], wanted: Tensor, all
     assert not wrong, "; ".join(f"{label}: {line}" for label, line in wrong.items())
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     ("kind", "model"),
     [

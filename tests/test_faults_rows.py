@@ -405,7 +405,7 @@ CASES: dict[str, Case] = (
 )
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("name", CASES)
 def test_rows_that_are_not_examples(name: str, what: str) -> None:

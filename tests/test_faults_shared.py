@@ -251,7 +251,7 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("name", CASES)
 def test_a_weight_that_enters_several_times(name: str, what: str) -> None:

@@ -349,6 +349,7 @@ def drawing(name: str) -> Callable[[xr.Dataset], object]:
     return lambda ds: picture(figures.draw(ds, name), "png", dpi=30)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_attribute_may_be_odd(small: dict[str, xr.Dataset], kind: str) -> None:
     """What is said of a run in words: more than 300 damages of each log, and no exception at
@@ -370,6 +371,7 @@ def test_any_attribute_may_be_odd(small: dict[str, xr.Dataset], kind: str) -> No
     assert through(ds, cases, words_of) == 0
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_variable_may_be_odd(small: dict[str, xr.Dataset], kind: str) -> None:
     """Words and tables of a part of the damages that the slow tests have all of: no exception
@@ -381,6 +383,7 @@ def test_any_variable_may_be_odd(small: dict[str, xr.Dataset], kind: str) -> Non
     assert through(small[kind], some(iter(cases), 17), tables_of) == 0
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_every_figure_of_odd_logs(small: dict[str, xr.Dataset], name: str) -> None:
     """A part of the damages to what the figure reads; more of them when slow."""
@@ -435,6 +438,7 @@ def written(ds: xr.Dataset, path: Path) -> Path:
     return path
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_report_and_plot_leave_nothing_beside(
     small: dict[str, xr.Dataset], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -609,6 +613,7 @@ def hostile(ds: xr.Dataset, name: str) -> xr.Dataset:
     return found
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_text_everywhere_in_a_log(logs: dict[str, xr.Dataset], kind: str) -> None:
     """Every figure as SVG parses, the page comes back as the text, the tables print."""

@@ -446,7 +446,7 @@ def two() -> list[dict[str, Any]]:
     return by_ranks(2, _cheap)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_two_ranks_take_the_steps_of_one(algorithm: str, two: list[dict[str, Any]]) -> None:
     """The contract: a new entry of the table is proven here, or refused by name."""

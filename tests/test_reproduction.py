@@ -129,7 +129,7 @@ def test_problems_are_of_networks_and_data_that_there_are() -> None:
 # ---- they run
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

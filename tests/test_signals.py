@@ -327,6 +327,7 @@ SECOND: dict[str, tuple[object, str, int]] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("phase", SECOND)
 def test_a_second_signal_comes_at_once_and_leaves_nothing_half_written(
     phase: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -680,6 +681,7 @@ FAILING: dict[str, tuple[list[str], Callable[[], Exception], str]] = {
 }
 
 
+@pytest.mark.thinned(2)
 @by_signal("what", list(FAILING))
 def test_a_signal_in_a_step_that_fails_is_its_exit_code_and_both_are_said(
     what: str,

@@ -205,7 +205,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(("name", "choice"), VARIANTS)
 @pytest.mark.parametrize(
     ("model", "likelihood", "every"),

@@ -169,7 +169,7 @@ def test_sampled_labels_are_the_same_by_rows_and_by_products() -> None:
 # (9) to (14)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("pairs", [1, 2, 5])
 @pytest.mark.parametrize(
     ("base", "labels", "solver"),

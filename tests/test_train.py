@@ -656,6 +656,7 @@ alone.
 EVERYWHERE: Cuts = [(steps, seconds) for steps in (0, 3, 4, 9) for seconds in (1e-9, 60.0)]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("algorithm", "kind", "cuts"),
     [
@@ -732,6 +733,7 @@ class Shifted(TensorDataset):
         return x + self.draw(), y
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "draw",
     [random.random, np.random.randn, lambda: float(torch.rand(()))],

@@ -116,7 +116,7 @@ def drawn(
 EACH = [(name, layout) for name, (_, layouts) in OPERATIONS.items() for layout in layouts]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     ("name", "layout", "T"),
     [
