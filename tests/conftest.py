@@ -129,3 +129,19 @@ _left = [0]
 def _resident() -> int:
     """Bytes of memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In reproductions MNIST is 60 digits of random numbers and the network of Figure 4.1."""
+    from curvlab import datasets
+    from curvlab.reproduction.problems import PROBLEMS, PublishedProblem
+
+    chance = torch.Generator().manual_seed(0)
+    parts = tuple(
+        datasets.Dataset("mnist16", torch.rand(n, 256, generator=chance), torch.arange(n) % 10, "")
+        for n in (60, 30)
+    )
+    small = PublishedProblem("mlp-256-20", "mnist16", PROBLEMS["MNIST"].small)
+    monkeypatch.setitem(PROBLEMS, "MNIST", small)
+    monkeypatch.setattr(datasets, "load", lambda name: parts)

@@ -1,6 +1,5 @@
 """Do the thinned tests kill as many faults as all their cases? Seeded mutants of the code.
 
-    pip install pytest-cov
     python tests/mutants.py [--count 30] [--seed 0] [--files test_contract.py] [--out FILE.json]
 
 A mutant is one change of an operator, a comparison, a number, a sign or a transpose in a function

@@ -15,17 +15,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from problems import assert_drawn
 from torch import nn
 
-from curvlab import datasets
 from curvlab.algorithms import ALGORITHMS
 from curvlab.cli import app as cli
 from curvlab.curvature.settings import Cadence
-from curvlab.datasets import DATASETS, Dataset
+from curvlab.datasets import DATASETS
 from curvlab.errors import CurvlabError
 from curvlab.models import MODELS
 from curvlab.reproduction import (
@@ -44,7 +42,7 @@ from curvlab.reproduction import (
 from curvlab.reproduction.claims import verdicts
 from curvlab.reproduction.comparison import ProblemRuns
 from curvlab.reproduction.drawing import training_curves
-from curvlab.reproduction.problems import PROBLEMS, PublishedProblem
+from curvlab.reproduction.problems import PROBLEMS
 from curvlab.reproduction.results import Result, cut
 from curvlab.reproduction.scaling import exponent
 from curvlab.reproduction.script import ReproductionReport
@@ -289,20 +287,6 @@ def test_without_a_name_all_are_listed(
 
 
 # ---- runs
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MNIST is 40 digits of random numbers and the network of Figure 4.1."""
-    chance = torch.Generator().manual_seed(0)
-    parts = [
-        Dataset("mnist16", torch.rand(n, 256, generator=chance), torch.arange(n) % 10, "")
-        for n in (60, 30)
-    ]
-    monkeypatch.setitem(
-        PROBLEMS, "MNIST", PublishedProblem("mlp-256-20", "mnist16", PROBLEMS["MNIST"].small)
-    )
-    monkeypatch.setattr(datasets, "load", lambda name: tuple(parts))
 
 
 def small(**changed: object) -> Comparison:

@@ -8,13 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import xarray as xr
 from matplotlib.patches import Rectangle
 from problems import assert_drawn
 
-from curvlab import datasets
-from curvlab.datasets import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.reproduction import (
     Comparison,
@@ -27,7 +24,6 @@ from curvlab.reproduction import (
     scripts,
 )
 from curvlab.reproduction.landscapes import draw_landscapes, in_brackets
-from curvlab.reproduction.problems import PROBLEMS, PublishedProblem
 from curvlab.reproduction.script import ReproductionReport
 from curvlab.reproduction.search import SearchedGrid, TrainedPoint
 from curvlab.reproduction.tuned import lowest_loss, neighbouring
@@ -223,20 +219,6 @@ def test_what_becomes_of_the_documents_choice() -> None:
 
 
 # ---- runs
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MNIST is 60 digits of random numbers and the network of Figure 4.1."""
-    chance = torch.Generator().manual_seed(0)
-    parts = [
-        Dataset("mnist16", torch.rand(n, 256, generator=chance), torch.arange(n) % 10, "")
-        for n in (60, 30)
-    ]
-    monkeypatch.setitem(
-        PROBLEMS, "MNIST", PublishedProblem("mlp-256-20", "mnist16", PROBLEMS["MNIST"].small)
-    )
-    monkeypatch.setattr(datasets, "load", lambda name: tuple(parts))
 
 
 EXTENT = Extent(epochs=2, examples=40, tests=20)

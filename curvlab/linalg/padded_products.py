@@ -43,7 +43,8 @@ def second_moment(
 ) -> Float[Tensor, "D D"]:
     """Return scale · rowsᵀ rows, of which only one triangle is computed where that is faster.
 
-    It is written into `out` as by `padded_product`.
+    Then it is symmetric to the bit but for the panels on the diagonal; else within rounding. It is
+    written into `out` as by `padded_product`.
     """
     order = rows.shape[1]
     if rows.device.type != "cpu" or order < _LARGE or len(rows) < _LONG:
