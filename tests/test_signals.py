@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -35,7 +37,7 @@ from curvlab.logs import log
 from curvlab.models import MODELS
 from curvlab.show import drawable, figures
 from curvlab.system import atomic, interrupt
-from curvlab.system.interrupt import LISTENER, SIGNALS, Interrupted
+from curvlab.system.interrupt import LISTENER, SIGNALS, Interrupted, listening
 from curvlab.training import checkpoint, evaluation, loop
 
 RUN = [
@@ -447,6 +449,45 @@ def test_signals_at_calls_all_over_a_run(
         if (out / "checkpoint.pt").exists() and i % 3 == 0:
             same_end(out, whole)
     assert codes >= {128 + n for n in SIGNALS}
+
+
+# ---- how signals are given back
+
+
+def test_ctrl_c_that_python_drops_at_the_end_ends_what_it_was_meant_for() -> None:
+    """Neither what this process does next, nor is it lost; where the command has ended, it is."""
+
+    class Thing:
+        """What a weak reference can point to."""
+
+    def cleared(_: object) -> None:
+        raise KeyboardInterrupt
+
+    for deaf in (False, True):
+        thing = Thing()
+        watch = weakref.ref(thing, cleared)
+        with nullcontext() if deaf else pytest.raises(KeyboardInterrupt), listening() as listener:
+            del thing
+            listener.deaf = deaf
+        time.sleep(0.05)  # a hundredth of a second is when it would come again
+        assert watch() is None
+
+
+def test_a_signal_while_handlers_are_given_back_leaves_none_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    real = signal.signal
+
+    def signalled(number: int, handler: Any) -> Any:
+        if handler is before[signal.SIGINT]:  # the first of all
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(number, handler)
+
+    with pytest.raises(Interrupted), listening():
+        monkeypatch.setattr(signal, "signal", signalled)
+    monkeypatch.undo()
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
 
 
 # ---- the other commands

@@ -127,6 +127,8 @@ class Listener:
         """
         self.most, self.raised, self.deaf, self.process = most, 0, False, os.getpid()
         self._first = -SAME
+        self._leaving, self._noted = False, 0
+        self._again: list[tuple[threading.Timer, int]] = []  # what `dropped` has yet to send
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Raise what a signal asks for, let it wait for the shield, or pass it over."""
@@ -135,6 +137,9 @@ class Listener:
             os.kill(os.getpid(), number)
             return
         if self.deaf or time.monotonic() - self._first < SAME:
+            return
+        if self._leaving:
+            self._noted = number
             return
         self._first = time.monotonic()
         shield = self.shield
@@ -161,8 +166,31 @@ class Listener:
         # wakes what waits, as a real one does
         again = threading.Timer(0.01, signal.pthread_kill, (main, number))
         again.daemon = True
+        self._again = [kept for kept in self._again if kept[0].is_alive()] + [(again, number)]
         again.start()
         return True
+
+    def leave(self, handlers: dict[int, Any]) -> int:
+        """Give the signals back to whom they were of, and return one that came meanwhile, or 0.
+
+        Nothing is raised here, so that no handler is left behind; what `dropped` has yet to send
+        would otherwise meet whatever this process does next.
+
+        Args:
+            handlers: by signal, the handlers of before.
+        """
+        self._leaving = True
+        for again, number in self._again:
+            again.cancel()
+            if again.is_alive():  # waits still: a sent one is heard below at the latest
+                self._noted = self._noted or number
+                again.join()
+        for number, handler in handlers.items():
+            with suppress(ValueError):  # in a thread that took over
+                signal.signal(number, handler)
+        self._leaving, self._again = False, []
+        noted, self._noted = self._noted, 0
+        return 0 if self.deaf or (self.most is not None and self.raised >= self.most) else noted
 
 
 LISTENER = Listener()
@@ -207,10 +235,13 @@ def listening(most: int | None = None) -> Iterator[Listener]:
         for number in before:
             signal.signal(number, LISTENER)
         yield LISTENER
+    except BaseException:
+        LISTENER.leave(before)  # what came ends already
+        raise
+    else:
+        if number := LISTENER.leave(before):
+            raise exception(number)
     finally:
-        for number, handler in before.items():
-            with suppress(ValueError):  # in a thread that took over
-                signal.signal(number, handler)
         sys.unraisablehook = hook
 
 
