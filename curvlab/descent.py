@@ -126,6 +126,8 @@ class Descent:
             self.further = {}
         after = self.momentum.of_directions
         momentum = gradients if after else self.momentum(gradients)
+        if self.momentum.mix is not None and not after:
+            with_defaults(self.curvature).heed_mix(gradients, self.momentum.mix)
         with_defaults(self.curvature).heed(momentum)
         p = self.curvature.precondition(momentum)
         p = self.momentum(p) if after else p

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from curvlab.curvature.mixing import Mix
 from curvlab.errors import unknown
 from curvlab.groups import check_momentum
 
@@ -34,6 +35,7 @@ class Momentum:
         self.beta, self.kind = beta, kind
         self.buffers: dict[str, Tensor] = {}
         self.steps = 0
+        self.mix: Mix | None = None  # of the last call; None: it was of another kind
 
     @property
     def of_directions(self) -> bool:
@@ -54,9 +56,13 @@ class Momentum:
         self.steps += 1
         if self.beta == 0:
             self.buffers = dict(gradients) if self.buffers else {}  # β may come back: a schedule's
+            self.mix = Mix(0.0, 1.0, 1.0, self.steps)
             return gradients
         adds = self.kind in ("add", "directions")
         new = 1.0 if adds else 1 - self.beta
+        divisor = 1 - self.beta**self.steps if self.kind == "corrected" else 1.0
+        known_mix = self.kind not in ("nesterov", "directions")
+        self.mix = Mix(self.beta, new, divisor, self.steps) if known_mix else None
         known = [name for name in gradients if name in self.buffers]
         if known:
             old, each = [self.buffers[n] for n in known], [gradients[n] for n in known]
@@ -73,5 +79,5 @@ class Momentum:
             return dict(zip(self.buffers, ahead, strict=True))
         if self.kind != "corrected":
             return dict(self.buffers)
-        corrected = torch._foreach_div(list(self.buffers.values()), 1 - self.beta**self.steps)
+        corrected = torch._foreach_div(list(self.buffers.values()), divisor)
         return dict(zip(self.buffers, corrected, strict=True))

@@ -10,9 +10,11 @@ from problems import assert_near, normal, spd
 from torch import Tensor, nn
 
 import curvlab as cl
+from curvlab.curvature.block_states import checked, put_back, states_of
 from curvlab.curvature.eigenbases import kl_shampoo, soap
 from curvlab.curvature.matrix_parts import WithDiagonal
 from curvlab.layers import Block
+from curvlab.linalg.eigenbasis import Rotated
 from curvlab.linalg.kronecker import tensor_normal_factors
 from curvlab.linalg.matrix_normal import gaussian_kl, kronecker_likelihood_fit
 from curvlab.momentum import Momentum, MomentumKind
@@ -95,6 +97,69 @@ def test_without_memory_it_is_the_polar_factor() -> None:
     part.refresh(epsilon)
     u, s, v = torch.linalg.svd(G)
     assert_near((part.inverse @ G.flatten()).view(5, 5), (u * (s / (s + epsilon))) @ v, 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["add", "average", "corrected", "nesterov"])
+@pytest.mark.parametrize(("every", "beta"), [(1, 0.9), (4, 0.9), (4, 0.0)])
+def test_the_momentum_in_the_bases_follows(
+    kind: MomentumKind, every: int, beta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the momentum's own rotation at every step, which is made anew where it is not known:
+    after the bases have turned, where a minibatch was not told of or came to nothing, where β of a
+    schedule moves. From a saved state it goes on to the bit.
+    """
+    rotations = [0]
+    real = Rotated.rotated
+
+    def counted(self: Rotated, v: Tensor) -> Tensor:
+        rotations[0] += 1
+        return real(self, v)
+
+    monkeypatch.setattr(Rotated, "rotated", counted)
+    part, momentum = soap(weight((5, 4))), Momentum(beta, kind)
+    other: WithDiagonal | None = None
+    made = []
+    for k, g in enumerate(drawn((5, 4), 16)):
+        if k == 10:  # a step that came to nothing
+            held, lost = momentum.held, 7 * g
+            part.update(LayerStatistics(part.block, 1, gradient=lost), 0.1)
+            part.settle(1e-3)
+            m = momentum({"1": lost})["1"]
+            if momentum.mix is not None:
+                part.heed_mix(lost, momentum.mix)
+            part.heed(m, 1e-3)
+            momentum.put_back(held)
+        if k == 14 and beta:
+            momentum.beta = 0.8
+        m = momentum({"1": g})["1"]
+        for each in [part] if other is None else [part, other]:
+            each.update(LayerStatistics(part.block, 1, gradient=g), 0.1)
+            if k % every == 0:
+                each.refresh(1e-3)
+            each.settle(1e-3)
+            if momentum.mix is not None and k != 6:
+                each.heed_mix(g, momentum.mix)
+            before = rotations[0]
+            each.heed(m, 1e-3)
+            made.append(rotations[0] - before)
+        straight = part.direction_of(m)
+        assert straight is not None
+        assert_near(straight, (part.inverse @ m.flatten()).view(m.shape), 1e-12)
+        if other is not None:
+            again = other.direction_of(m)
+            assert again is not None
+            assert torch.equal(again, straight)
+        if k == 12:
+            other = soap(weight((5, 4)))
+            other.update(LayerStatistics(part.block, 1, gradient=g), 0.1)
+            states = states_of({"1": part})
+            put_back({"1": other}, states, checked({"1": part.block}, {"1": other}, states))
+    assert len(made) == 19
+    if kind == "nesterov" and beta:
+        assert all(made)
+    elif every == 4:  # made anew at first, after the turn, and where it was not told of
+        assert made[:7] == ([1, 0, 0, 0, 0, 1, 1] if beta else [0] * 6 + [1])
+        assert made[10] == (beta > 0)
 
 
 def paper_soap(

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from curvlab.curvature.mixing import Mix
 from curvlab.curvature.told import FactorBounds as FactorBounds
 from curvlab.curvature.told import LearntPair as LearntPair
 from curvlab.curvature.told import PairName as PairName
@@ -179,6 +180,14 @@ class BlockDefaults:
             damping: λ of the last refresh.
         """
 
+    def heed_mix(self, gradient: Tensor, mix: Mix) -> None:
+        """Learn, before `heed`, how that momentum is made.
+
+        Args:
+            gradient: the one that enters it, of the block's shape.
+            mix: the rest.
+        """
+
     @staticmethod
     def together(blocks: Sequence[Any]) -> None:
         """Do for all blocks of this class together, after `heed`, what is cheaper so."""
@@ -283,6 +292,12 @@ class CurvatureDefaults:
 
     def heed(self, momentum: Mapping[str, Tensor]) -> None:
         """Learn of {block: momentum} that a descent preconditions next (`BlockDefaults.heed`)."""
+
+    def heed_mix(self, gradients: Mapping[str, Tensor], mix: Mix) -> None:
+        """Tell blocks, before `heed`, how those momenta are made (`BlockDefaults.heed_mix`)."""
+        for name, block in with_own("heed_mix", getattr(self, "blocks", {})).items():
+            if name in gradients:
+                block_with_defaults(block).heed_mix(gradients[name], mix)
 
     def undamped(self, p: Tensor) -> Tensor | None:
         """Return B p of the quadratic model of the whole vector, with the L2 term, if any."""

@@ -22,7 +22,14 @@ from curvlab.curvature.base import (
     check_damping,
     with_own,
 )
-from curvlab.curvature.block_states import checked, cloned, may_have, put_back, states_of
+from curvlab.curvature.block_states import (
+    checked,
+    cloned,
+    lacking,
+    may_have,
+    put_back,
+    states_of,
+)
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.identity import IdentityBlock
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_by_block
@@ -46,7 +53,6 @@ from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.parallel import ALONE, Ranks
 from curvlab.soundness import check_gradients
-from curvlab.statistics import LayerStatistics
 
 Look = Callable[[Observation], Mapping[str, Any]]
 
@@ -191,15 +197,7 @@ class BlockDiagonal(CurvatureDefaults):
 
         From here on; it is said in a warning.
         """
-        lost = {}
-        for name, block in self.blocks.items():
-            found = statistics.get(name)
-            if block.reads == "gradient" or (found is None and self._look is not None):
-                continue
-            if found is None or (
-                isinstance(found, LayerStatistics) and not found.provides(block.reads)
-            ):
-                lost[name] = "" if found is None else found.why
+        lost = lacking(self.blocks, statistics, of_own_look=self._look is not None)
         if lost:
             told = "; ".join(
                 f"{self._partition[name]} {why or 'has no such thing in this pass'}"

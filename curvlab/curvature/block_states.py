@@ -11,7 +11,7 @@ from curvlab.curvature.base import CurvatureBlock
 from curvlab.curvature.states import check_memory, check_names, check_operator, dtype_of
 from curvlab.layers import Block
 from curvlab.linalg.operators import Operator, pack, unpack_operator
-from curvlab.statistics import Reads
+from curvlab.statistics import LayerStatistics, Reads
 
 
 def states_of(blocks: Mapping[str, CurvatureBlock]) -> dict[str, Any]:
@@ -78,3 +78,25 @@ def may_have(block: Block, reads: Reads) -> bool:
     return reads == "gradient" or (
         block.layer is not None and (reads == "rows" or block.groups == 1)
     )
+
+
+def lacking(
+    blocks: Mapping[str, CurvatureBlock], statistics: Mapping[str, Any], of_own_look: bool
+) -> dict[str, str]:
+    """Return {block: why} of those whose statistics lack what their method reads.
+
+    Args:
+        blocks: that are to be shown the statistics.
+        statistics: {block: what was found}.
+        of_own_look: whether they are of a look of the method's own, which may pass blocks over.
+    """
+    lost = {}
+    for name, block in blocks.items():
+        found = statistics.get(name)
+        if block.reads == "gradient" or (found is None and of_own_look):
+            continue
+        if found is None or (
+            isinstance(found, LayerStatistics) and not found.provides(block.reads)
+        ):
+            lost[name] = "" if found is None else found.why
+    return lost

@@ -8,6 +8,7 @@ b that of the inputs, as KL-Shampoo has them; D order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from curvlab.curvature.base import blend
 from curvlab.curvature.matrix_parts import WithDiagonal, is_vector, ones, weight_shape
+from curvlab.curvature.mixing import Mix
 from curvlab.errors import real, whole
 from curvlab.layers import Block
 from curvlab.linalg.eigenbasis import Rotated
+from curvlab.linalg.kronecker import kronecker_product
 from curvlab.linalg.matrix_normal import flip_flop_step
 from curvlab.linalg.operators import Diagonal, Operator
 from curvlab.linalg.padded_products import second_moment
@@ -35,7 +38,8 @@ def soap(block: Block, *, largest: int = 10_000) -> WithDiagonal:
         largest: a side of more entries has the basis I, and no matrix.
     """
     whole("largest", largest, least=0)
-    return WithDiagonal(block, None if is_vector(block) else Soap(weight_shape(block), largest))
+    part = None if is_vector(block) else Soap(weight_shape(block), largest)
+    return WithDiagonal(block, part, straight=part, mixing=part)
 
 
 def kl_shampoo(block: Block, *, start: float = 0.1, clamp: bool = True) -> WithDiagonal:
@@ -85,9 +89,12 @@ class Soap:
     R, and at a refresh the bases, follow after. The first minibatch makes the bases and a V of its
     own, which the next one replaces: V counts from there, as in the authors' code, where the first
     call makes no step. At a refresh columns are sorted by diag(QᵀLQ), and V with them.
+
+    Between refreshes the momentum in the bases follows from that of the minibatch before and the
+    gradient in them, which V takes anyhow: two products of six less, to rounding the same.
     """
 
-    names: ClassVar[tuple[str, ...]] = ("L", "R", "Q_L", "Q_R", "squares", "last_weight")
+    names: ClassVar[tuple[str, ...]] = ("L", "R", "Q_L", "Q_R", "squares", "last_weight", "rotated")
     inverse: Operator
 
     def __init__(self, shape: tuple[int, int], largest: int) -> None:
@@ -99,7 +106,12 @@ class Soap:
         self.squares: Tensor | None = None  # V, [O, I]
         self.last_weight: Tensor | None = None  # of the last minibatch: V's is one behind
         self._after: tuple[Tensor, float] | None = None  # what L and R follow with
-        self._renew = False
+        self._renew = self._turned = False
+        self.rotated: Tensor | None = None  # m of `Mix`, in the bases as they stand
+        self._number: int | None = None  # of that m; None: as it was saved
+        self._gradient: Tensor | None = None  # of the last update, in the bases before it
+        self._mix: Mix | None = None  # told of the momentum that is heeded next
+        self._momentum: Tensor | None = None  # heeded last, in the bases of `inverse`
 
     def update(self, gradient: Float[Tensor, "O I"], weight: float) -> None:
         """Fold the minibatch's squares in the bases as they stand into V."""
@@ -107,12 +119,12 @@ class Soap:
             self._contract(gradient, weight)
             self.Q_L = None if self.L is None else first_basis(self.L)
             self.Q_R = None if self.R is None else first_basis(self.R)
-            self.squares = self._rotated(gradient).square()
+            self._gradient = self._rotated(gradient)
+            self.squares = self._gradient.square()
         else:
             assert self.last_weight is not None
-            rotated = self._rotated(gradient)
-            new = rotated.square() if rotated is gradient else rotated.square_()
-            self.squares = self.squares.lerp(new, self.last_weight)
+            self._gradient = self._rotated(gradient)
+            self.squares = self.squares.lerp(self._gradient.square(), self.last_weight)
             self._after = (gradient, weight)
         self.last_weight = gradient.new_full((), weight)
 
@@ -131,10 +143,55 @@ class Soap:
         self._contract(*self._after)
         if self._renew:
             self._turn()
-        self._after, self._renew = None, False
+        self.settled()
+
+    def settled(self) -> None:
+        """Note that L, R and the bases are those after the minibatch."""
+        self._turned, self._after, self._renew = self._renew, None, False
+
+    def taken(self) -> None:
+        """Note that the statistics are saved ones, of one moment."""
+        self._number = self._mix = self._gradient = None
+
+    def heed_mix(self, mix: Mix) -> None:
+        """Take it that the gradient of the last `update` enters the momentum heeded next so."""
+        self._mix = mix
 
     def heed(self, momentum: Float[Tensor, "O I"], damping: float | None) -> None:
-        """Do nothing: the operator is of statistics alone."""
+        """Bring the momentum into the bases of `inverse`, which is of statistics alone."""
+        mix, gradient = self._mix, self._gradient
+        self._mix = self._gradient = None
+        m = None if mix is None or gradient is None else self._mixed(mix, gradient)
+        if m is None:
+            m = self._operator.rotated(momentum.flatten()).view_as(momentum)
+            m = m if mix is None else m * mix.divisor
+        self._momentum = m if mix is None else m / mix.divisor
+        stands = mix is not None and not self._turned  # the next one is of these bases
+        self.rotated, self._number = (m, mix.number) if mix and stands else (None, None)
+
+    def _mixed(self, mix: Mix, gradient: Tensor) -> Tensor | None:
+        """Return m in the bases by that of the minibatch before; None: it is not known."""
+        if not mix.keep:
+            return gradient * mix.take
+        if self.rotated is None or self._number not in (None, mix.number - 1):
+            return None
+        return (gradient * mix.take).add_(self.rotated, alpha=mix.keep)
+
+    @property
+    def direction(self) -> Float[Tensor, "O I"]:
+        """Product of `inverse` with the momentum heeded last."""
+        assert self._momentum is not None
+        inside = self._operator.inside @ self._momentum.flatten()
+        return kronecker_product(self._operator.bases, inside).view_as(self._momentum)
+
+    @staticmethod
+    def together(parts: Sequence[Soap]) -> None:
+        """Do nothing: each is as fast alone."""
+
+    @property
+    def _operator(self) -> Rotated:
+        assert isinstance(self.inverse, Rotated)
+        return self.inverse
 
     def matrix(self, damping: float) -> Operator:
         """Return Q diag((√V + ε)²) Qᵀ, which approximates Fisher / N."""

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlab.curvature.base import BlockDefaults, Secant, blend
+from curvlab.curvature.mixing import Mix
 from curvlab.layers import Block
 from curvlab.linalg.direct_sum import ColumnSum
 from curvlab.linalg.operators import Diagonal, Operator
@@ -46,6 +47,16 @@ class MatrixPart(Protocol):
 
     def matrix(self, damping: float) -> Operator | None:
         """Return B as of `CurvatureBlock.matrix`, or None."""
+
+
+class Mixing(Protocol):
+    """A part that makes use of how the momentum heeded next is made."""
+
+    def heed_mix(self, mix: Mix) -> None:
+        """Take it that the gradient of the last `update` enters that momentum so."""
+
+    def taken(self) -> None:
+        """Note that the statistics are saved ones, of one moment."""
 
 
 class Straight(Protocol):
@@ -82,6 +93,7 @@ class WithDiagonal(BlockDefaults):
         beside: the method's damping → ε of the diagonal.
         estimating: whether the method estimates a matrix.
         straight: the part itself, of a method that makes directions without its operator.
+        mixing: the part itself, of one that makes use of how a momentum is made.
     """
 
     reads: Reads = "gradient"
@@ -96,9 +108,11 @@ class WithDiagonal(BlockDefaults):
         beside: Callable[[float], float] = lambda damping: damping,
         estimating: bool = True,
         straight: Straight | None = None,
+        mixing: Mixing | None = None,
     ) -> None:
         self.block, self.part, self._beside = block, part, beside
-        self._estimating, self._straight = estimating, straight
+        self._estimating, self._straight, self._mixing = estimating, straight, mixing
+        self._folded: Tensor | None = None  # the gradient of the last update
         self._heeded: Tensor | None = None  # the momentum, where there is a straight way
         self.rest: Tensor | None = None  # v of what is no matrix
         self._of_rest: Operator | None = None  # diag(1 / (√v + ε)), unless it is still to be made
@@ -116,9 +130,12 @@ class WithDiagonal(BlockDefaults):
         """Take a checkpoint's."""
         for name, value in state.items():
             setattr(self.part, name, value)
+        if self._mixing is not None:
+            self._mixing.taken()
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         """Fold the minibatch's mean gradient in: the weight's into its part, other squares in v."""
+        self._folded = statistics.gradient
         matrix, rest = self._apart(statistics.gradient)
         if self.part is not None and matrix is not None:
             self.part.update(matrix, weight)
@@ -137,6 +154,11 @@ class WithDiagonal(BlockDefaults):
             self.part.settle(damping)
         if damping is not None:
             self._invert_rest(damping)
+
+    def heed_mix(self, gradient: Tensor, mix: Mix) -> None:
+        """Tell the weight's part how that momentum is made, of the gradient that it has seen."""
+        if self._mixing is not None and gradient is self._folded:
+            self._mixing.heed_mix(mix)
 
     def heed(self, momentum: Tensor, damping: float | None) -> None:
         """Tell the weight's part of the momentum that is preconditioned next."""

@@ -95,7 +95,7 @@ def _turn(block: Block, curvature: WithDiagonal) -> float:
 
 def _turned(curvature: WithDiagonal) -> None:
     if isinstance(curvature.part, Soap):
-        curvature.part._after, curvature.part._renew = None, False
+        curvature.part.settled()
 
 
 def _polar(block: Block, curvature: WithDiagonal) -> float:

@@ -58,6 +58,7 @@ PART_AXES: dict[str, tuple[str, ...]] = {
     "V": ("OO", "WW"),
     "U": ("OW",),
     "squares": ("OW",),
+    "rotated": ("OW",),
     **dict.fromkeys(("L", "Q_L", "S_a", "Q_a"), ("OO",)),
     **dict.fromkeys(("R", "Q_R", "S_b", "Q_b"), ("WW",)),
     "lam_a": ("O",),
