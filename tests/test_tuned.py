@@ -284,6 +284,27 @@ def test_points_are_shared_with_figures_and_what_diverged_is_a_cell(
     assert row[3] == f"{by_hand:.4g}"
 
 
+@pytest.mark.usefixtures("tiny")
+def test_values_that_a_method_does_not_take_are_a_line_of_the_table(tmp_path: Path) -> None:
+    """Double damping has none above 1, of which the document's own grid has two (Table 2.6, on
+    CURVES). What refuses the document's own choice is no such thing, and is raised.
+    """
+    methods = {"K-BFGS": Method("k-bfgs-20", (0.01, 1.0))}
+    table = replace(
+        small(),
+        of=replace(small().of, methods=methods),
+        coarse={"lr": 1, "damping": 3},
+        coarser={},
+    )
+    report = run(table, tmp_path)
+    (row,) = [line.split() for line in report.lines if line.startswith("K-BFGS ")]
+    assert (row[-3], row[-1]) == ("3", "0")  # points, diverged
+    assert "  K-BFGS does not take (0.01, 3); the first: block 1" in "\n".join(report.lines)
+    methods = {"K-BFGS": Method("k-bfgs-20", (0.01, 3.0))}
+    with pytest.raises(CurvlabError, match="double damping takes"):
+        run(replace(table, of=replace(table.of, methods=methods)), tmp_path)
+
+
 def test_data_that_are_not_there_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CURVLAB_DATA", str(tmp_path))
     methods = {"Adam": Method("adam", {"webspam": (1e-4, 1e-4)})}

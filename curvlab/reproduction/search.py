@@ -11,12 +11,14 @@ from dataclasses import dataclass
 class TrainedPoint:
     """A place of a grid, {axis: value}, and the lowest loss there.
 
-    Where it diverged the loss is infinite, and `reason` says why.
+    Where it diverged the loss is infinite, and `reason` says why; likewise where the method does
+    not take these values at all (`refused`).
     """
 
     place: Mapping[str, float]
     lowest: float = math.inf
     reason: str = ""
+    refused: bool = False
 
 
 @dataclass(frozen=True)

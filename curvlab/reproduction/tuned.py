@@ -233,7 +233,12 @@ class TunedTable:
         return found
 
     def _point(self, runs: ProblemRuns, label: str, place: Mapping[str, float]) -> TrainedPoint:
-        log = runs.quietly(self.method_at(label, runs.name, place), 0)
+        try:
+            log = runs.quietly(self.method_at(label, runs.name, place), 0)
+        except CurvlabError as error:
+            if place == self.choice(label, runs.name):  # what the document ran must run
+                raise
+            return TrainedPoint(place, reason=str(error), refused=True)
         algorithm, extent = self.methods[label].algorithm, runs.extent
         ends = extent.epochs_on(runs.name, algorithm), extent.seconds_on(runs.name)
         return TrainedPoint(place, *lowest_loss(log, *ends))
@@ -253,10 +258,11 @@ class TunedTable:
             ([label, *self._cells(grid, axes)] for label, grid in found.items()),
         )  # fmt: skip
         for label, grid in found.items():
-            lost = [point for point in grid.points if point.reason]
-            if lost:
-                where = ", ".join(in_brackets(point.place, axes) for point in lost)
-                report.say(f"  {label} diverged at {where}; the first: {lost[0].reason}")
+            for refused, what in ((False, "diverged at"), (True, "does not take")):
+                lost = [p for p in grid.points if p.reason and p.refused is refused]
+                if lost:
+                    where = ", ".join(in_brackets(point.place, axes) for point in lost)
+                    report.say(f"  {label} {what} {where}; the first: {lost[0].reason}")
         report.say()
 
     @staticmethod
@@ -270,7 +276,7 @@ class TunedTable:
             grid.standing,
             f"{len(grid.points)}",
             f"{grid.within(_NEAR)}",
-            f"{sum(bool(point.reason) for point in grid.points)}",
+            f"{sum(bool(point.reason) and not point.refused for point in grid.points)}",
         ]
 
     def _verdicts(self, found: Mapping[str, Mapping[str, SearchedGrid]]) -> Iterator[str]:
