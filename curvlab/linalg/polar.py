@@ -75,25 +75,50 @@ def newton_schulz_bfloat16(
     of one shape, or of that turned: small matrices go faster together.
     """
     a, b, c = coefficients
-    turned = [U.shape[0] > U.shape[1] for U in Us]
-    shape = sorted(Us[0].shape)
-    X = Us[0].new_empty((len(Us), *shape) if len(Us) > 1 else shape, dtype=torch.bfloat16)
-    for into, U, turn in zip(X if len(Us) > 1 else [X], Us, turned, strict=True):
-        into.copy_(U.mT if turn else U)
-    X.div_(X.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-7))
+    tall = [U.shape[0] > U.shape[1] for U in Us]
+    alike = [[U for U, t in zip(Us, tall, strict=True) if t is kind] for kind in (False, True)]
+    # none is turned: to copy numbers turned and round them takes as long as a product
+    wide_and_tall = [_unit(group, alone=len(Us) == 1) for group in alike if group]
+    others = [torch.empty_like(X) for X in wide_and_tall]
+    kinds = [bool(group is alike[1]) for group in alike if group]
+    order = min(Us[0].shape)
+    S = wide_and_tall[0].new_empty((len(Us), order, order) if len(Us) > 1 else (order, order))
+    P = torch.empty_like(S)
+    sizes = [len(Us)] if len(Us) == 1 or len(kinds) == 1 else [len(X) for X in wide_and_tall]
+    parts = [S] if len(sizes) == 1 else list(S.split(sizes))
+    factors = [P] if len(sizes) == 1 else list(P.split(sizes))
     for _ in range(steps):
-        S = _symmetric(X, X.mT)
-        X = _plus(X, _symmetric(S, S, S, b, c), X, a)
-    found = [X] if len(Us) == 1 else X.unbind()
-    return [V.mT if turn else V for V, turn in zip(found, turned, strict=True)]
+        for X, gram, kind in zip(wide_and_tall, parts, kinds, strict=True):
+            _symmetric(X.mT, X, out=gram) if kind else _symmetric(X, X.mT, out=gram)
+        _symmetric(S, S, S, b, c, out=P)
+        for X, factor, kind, out in zip(wide_and_tall, factors, kinds, others, strict=True):
+            _plus(X, X, factor, a, out=out) if kind else _plus(X, factor, X, a, out=out)
+        wide_and_tall, others = others, wide_and_tall
+    each = [iter([X] if X.ndim == 2 else X.unbind()) for X in wide_and_tall]
+    return [next(each[kinds.index(kind)]) for kind in tall]
+
+
+def _unit(Us: Sequence[Float[Tensor, "O I"]], alone: bool) -> Float[Tensor, "*M O I"]:
+    """Return each U / ‖U‖_F of bfloat16: of one alone a matrix, else of M."""
+    shape = tuple(Us[0].shape)
+    X = Us[0].new_empty(shape if alone else (len(Us), *shape), dtype=torch.bfloat16)
+    for into, U in zip([X] if alone else X, Us, strict=True):
+        into.copy_(U)
+    return X.div_(X.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-7))
 
 
 def _plus(
-    base: Float[Tensor, "*M O I"], left: Tensor, right: Tensor, beta: float, alpha: float = 1.0
-) -> Float[Tensor, "*M O I"]:
-    """Return beta · base + alpha · left right, each rounded once, of a matrix or of M."""
+    base: Float[Tensor, "*M O I"],
+    left: Tensor,
+    right: Tensor,
+    beta: float,
+    alpha: float = 1.0,
+    *,
+    out: Tensor,
+) -> None:
+    """Write beta · base + alpha · left right, each rounded once, of a matrix or of M."""
     add = torch.addmm if base.ndim == 2 else torch.baddbmm
-    return add(base, left, right, beta=beta, alpha=alpha)
+    add(base, left, right, beta=beta, alpha=alpha, out=out)
 
 
 def _symmetric(
@@ -102,26 +127,29 @@ def _symmetric(
     base: Float[Tensor, "*M K K"] | None = None,
     beta: float = 0.0,
     alpha: float = 1.0,
-) -> Float[Tensor, "*M K K"]:
-    """Return beta · base + alpha · left right, known to be symmetric, to the bit of the product.
+    *,
+    out: Float[Tensor, "*M K K"],
+) -> None:
+    """Write beta · base + alpha · left right, known to be symmetric, to the bit of the product.
 
     Of a large matrix on a CPU one triangle is computed, by panels of rows, and mirrored.
     """
     order = left.shape[-2]
     if left.ndim > 2 or order < _LARGE or left.device.type != "cpu":
-        return left @ right if base is None else _plus(base, left, right, beta, alpha)
-    out = left.new_empty(order, order)
+        if base is None:
+            torch.matmul(left, right, out=out)
+        else:
+            _plus(base, left, right, beta, alpha, out=out)
+        return
     for start in range(0, order, _PANEL):
         stop = min(start + _PANEL, order)
-        lower = out[start:stop, :stop]
+        lower, some, columns = out[start:stop, :stop], left[start:stop], right[:, :stop]
         if base is None:
-            torch.mm(left[start:stop], right[:, :stop], out=lower)
+            torch.mm(some, columns, out=lower)
         else:
-            some, columns = left[start:stop], right[:, :stop]
-            torch.addmm(base[start:stop, :stop], some, columns, beta=beta, alpha=alpha, out=lower)
+            _plus(base[start:stop, :stop], some, columns, beta, alpha, out=lower)
         if start:
             out[:start, start:stop] = lower[:, :start].mT
-    return out
 
 
 POLAR: dict[str, Callable[[Tensor], Tensor]] = {
