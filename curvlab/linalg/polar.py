@@ -5,7 +5,7 @@ Legend: O rows, I columns, K the smaller of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -76,26 +76,35 @@ def newton_schulz_bfloat16(
     """
     a, b, c = coefficients
     tall = [U.shape[0] > U.shape[1] for U in Us]
-    alike = [[U for U, t in zip(Us, tall, strict=True) if t is kind] for kind in (False, True)]
     # none is turned: to copy numbers turned and round them takes as long as a product
-    wide_and_tall = [_unit(group, alone=len(Us) == 1) for group in alike if group]
-    others = [torch.empty_like(X) for X in wide_and_tall]
-    kinds = [bool(group is alike[1]) for group in alike if group]
+    stacks = {
+        kind: _unit([U for U, t in zip(Us, tall, strict=True) if t is kind], alone=len(Us) == 1)
+        for kind in sorted(set(tall))
+    }
+    spare = {kind: torch.empty_like(X) for kind, X in stacks.items()}
     order = min(Us[0].shape)
-    S = wide_and_tall[0].new_empty((len(Us), order, order) if len(Us) > 1 else (order, order))
+    S = Us[0].new_empty(
+        (len(Us), order, order) if len(Us) > 1 else (order, order), dtype=torch.bfloat16
+    )
     P = torch.empty_like(S)
-    sizes = [len(Us)] if len(Us) == 1 or len(kinds) == 1 else [len(X) for X in wide_and_tall]
-    parts = [S] if len(sizes) == 1 else list(S.split(sizes))
-    factors = [P] if len(sizes) == 1 else list(P.split(sizes))
+    of_S, of_P = (_shares(whole, stacks) for whole in (S, P))
     for _ in range(steps):
-        for X, gram, kind in zip(wide_and_tall, parts, kinds, strict=True):
-            _symmetric(X.mT, X, out=gram) if kind else _symmetric(X, X.mT, out=gram)
+        for kind, X in stacks.items():
+            _symmetric(X.mT, X, out=of_S[kind]) if kind else _symmetric(X, X.mT, out=of_S[kind])
         _symmetric(S, S, S, b, c, out=P)
-        for X, factor, kind, out in zip(wide_and_tall, factors, kinds, others, strict=True):
-            _plus(X, X, factor, a, out=out) if kind else _plus(X, factor, X, a, out=out)
-        wide_and_tall, others = others, wide_and_tall
-    each = [iter([X] if X.ndim == 2 else X.unbind()) for X in wide_and_tall]
-    return [next(each[kinds.index(kind)]) for kind in tall]
+        for kind, X in stacks.items():
+            left, right = (X, of_P[kind]) if kind else (of_P[kind], X)
+            _plus(X, left, right, a, out=spare[kind])
+        stacks, spare = spare, stacks
+    each = {kind: iter([X] if X.ndim == 2 else X.unbind()) for kind, X in stacks.items()}
+    return [next(each[kind]) for kind in tall]
+
+
+def _shares(whole: Tensor, stacks: Mapping[bool, Tensor]) -> dict[bool, Tensor]:
+    """Return the part of every stack in what holds all of them one after the other."""
+    if len(stacks) == 1:
+        return dict.fromkeys(stacks, whole)
+    return dict(zip(stacks, torch.split(whole, [len(X) for X in stacks.values()]), strict=True))
 
 
 def _unit(Us: Sequence[Float[Tensor, "O I"]], alone: bool) -> Float[Tensor, "*M O I"]:
