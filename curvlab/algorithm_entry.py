@@ -19,6 +19,7 @@ from curvlab.curvature.base import Curvature, CurvatureBlock
 from curvlab.curvature.block_diagonal import BlockDiagonal, Look
 from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.identity import IdentityBlock
+from curvlab.curvature.large import too_large
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt
 from curvlab.curvature.overall_damping import DampingRule, same
 from curvlab.curvature.settings import CurvatureSettings
@@ -73,6 +74,8 @@ class ByBlock:
         fallback: the block of parameters without what `make`'s block reads.
         look: observation → {block: what its `update` folds in}, where that is not the statistics of
             a pass.
+        large: what takes its place where a dense block and its inverse would take more than 1 GB;
+            None: nothing does.
         damping_rule: how λ moves; None: it stands. The fields of a `GradientNorm` are options; of a
             `LevenbergMarquardt` there is `adapt`, whether λ follows it.
     """
@@ -82,6 +85,9 @@ class ByBlock:
     averaging: Averaging = field(default=Averaging(), kw_only=True)
     fallback: Callable[[], CurvatureBlock] = field(default=IdentityBlock, kw_only=True)
     look: Look | None = field(default=None, kw_only=True)
+    large: Callable[[Objective, CurvatureSettings], Curvature] | None = field(
+        default=None, kw_only=True
+    )
     damping_rule: AdaptiveDamping | None = field(default=None, kw_only=True)
 
     def defaults(self) -> dict[str, Any]:
@@ -121,6 +127,8 @@ class ByBlock:
             decay: of moving averages; the document's where None.
             own: a user's options.
         """
+        if self.large is not None and too_large(objective.blocks, objective.dtype.itemsize):
+            return self.large(objective, settings)
         own, rule = dict(own), self.damping_rule
         adapt = own.pop("adapt", True)
         if isinstance(rule, GradientNorm):

@@ -14,6 +14,7 @@ from curvlab.algorithm_readings import skqn
 from curvlab.algorithm_recent import RECENT
 from curvlab.curvature.averaging import Averaging
 from curvlab.curvature.base import CurvatureBlock
+from curvlab.curvature.block_products import BlockProducts
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
 from curvlab.curvature.hessian import DenseHessian, hessians
@@ -74,9 +75,9 @@ ALGORITHMS: dict[str, Algorithm] = {
         constants=Constants(lr=0.03, damping=1e-3, momentum_kind="average"),
     ),
     "block-ggn": Algorithm(
-        summary="dense Gauss-Newton matrix of each layer, Cholesky",
+        summary="dense Gauss-Newton matrix of each layer, Cholesky; large ones by their products",
         source="thesis 1.2.2, by layer as 4.3.4",
-        builds=ByBlock(DenseFisher),
+        builds=ByBlock(DenseFisher, large=BlockProducts),
         labels="exact",
         constants=Constants(lr=0.03, damping=1e-3, momentum_kind="average"),
     ),

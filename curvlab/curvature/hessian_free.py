@@ -20,17 +20,20 @@ from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, Ratio, che
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.curvature.states import check_vectors
 from curvlab.curvature.whole_vector import (
+    PRODUCTS,
     WholeVectorCurvature,
     check_curvature_size,
     flat,
     loss_at,
+    pack_closure,
     part,
     subset,
     unflat,
     unflat_like,
+    unpack_closure,
 )
 from curvlab.errors import CurvlabError
-from curvlab.exact.batches import Kind, check_independence
+from curvlab.exact.batches import check_independence
 from curvlab.exact.torch_func import Function
 from curvlab.finite import all_finite
 from curvlab.linalg.damped import Damped
@@ -40,13 +43,6 @@ from curvlab.linalg.products import Product
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
-
-_KINDS: dict[Pass, Kind] = {
-    "exact": "ggn",
-    "data": "ef",
-    "token": "ef-token",
-    "model": "fisher-mc",
-}
 
 
 class HessianFree(WholeVectorCurvature):
@@ -170,7 +166,7 @@ class HessianFree(WholeVectorCurvature):
         """Return B of the minibatch at weights that may have moved since."""
         function, size = Function(closure, self.layout), len(closure.x)
         function.at = at
-        apply = function.product(_KINDS[self.labels], 1)
+        apply = function.product(PRODUCTS[self.labels], 1)
         return Product(lambda v: apply(v.mT).mT / size, len(at), at.dtype, at.device)
 
     def refresh(self) -> None:
@@ -230,7 +226,7 @@ class HessianFree(WholeVectorCurvature):
             name: getattr(self, name)
             for name in ("steps", "damping", "used", "at", "solution", "start")
         }
-        minibatches = {name: _pack(getattr(self, name)) for name in ("trial", "minibatch")}
+        minibatches = {name: pack_closure(getattr(self, name)) for name in ("trial", "minibatch")}
         return kept | minibatches | {"algorithm": self.name}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -247,24 +243,11 @@ class HessianFree(WholeVectorCurvature):
             {name: kept[name] for name in ("at", "solution", "start")},
             self.objective.dtype,
         )
-        trial, minibatch = (self._unpack(state[name]) for name in ("trial", "minibatch"))
+        trial, minibatch = (
+            unpack_closure(self.objective, state[name]) for name in ("trial", "minibatch")
+        )
         at = kept["at"]
         product = None if minibatch is None or at is None else self._product(minibatch, at)
         for name, value in kept.items():
             setattr(self, name, value)
         self.trial, self.minibatch, self.product = trial, minibatch, product
-
-    def _unpack(self, packed: dict[str, Any] | None) -> Closure | None:
-        if packed is None:
-            return None
-        given = {name: packed[name] for name in _GIVEN}
-        return Closure(self.objective, **given, factor=packed.get("ratio"))
-
-
-def _pack(closure: Closure | None) -> dict[str, Any] | None:
-    if closure is None:
-        return None
-    return {name: getattr(closure, name) for name in _GIVEN} | {"ratio": closure.factor}
-
-
-_GIVEN = ("x", "y", "number", "stream", "part")

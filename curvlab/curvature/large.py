@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from curvlab.errors import fits, guard_memory
@@ -9,9 +11,21 @@ from curvlab.layers import Block
 from curvlab.statistics import LayerStatistics
 
 _DENSE = 1 << 30
-"""Bytes of a dense block and its inverse, from which on rows are kept where they are fewer."""
+"""Bytes of a dense block and its inverse, from which on rows are kept where they are fewer, or
+products are taken."""
 _MINIBATCHES = 100
 """That a moving average of 0.9 remembers, to 3e-5 of its weight."""
+
+
+def too_large(blocks: Sequence[Block], item: int) -> Block | None:
+    """Return the largest block if its dense matrix and inverse would take more than 1 GB.
+
+    Args:
+        blocks: of the model.
+        item: bytes of a number.
+    """
+    largest = max(blocks, key=lambda b: b.numel, default=None)
+    return largest if largest is not None and 2 * largest.numel**2 * item > _DENSE else None
 
 
 def by_rows(statistics: LayerStatistics) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +21,7 @@ from curvlab.closure import Closure
 from curvlab.curvature.base import CurvatureDefaults
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.errors import CurvlabError, Diverged, unknown
+from curvlab.exact.batches import Kind
 from curvlab.layers import Layout
 from curvlab.linalg.line_search import Found, armijo, wolfe
 from curvlab.linalg.operators import Operator
@@ -27,6 +29,13 @@ from curvlab.objective import Objective, restore_weights, weights
 from curvlab.observation import Observation, Pass
 
 Search = Literal["none", "armijo", "wolfe"]
+
+PRODUCTS: Mapping[Pass, Kind] = MappingProxyType(
+    {"exact": "ggn", "data": "ef", "token": "ef-token", "model": "fisher-mc"}
+)
+"""The exact matrix whose products stand for a method's labels."""
+
+_GIVEN = ("x", "y", "number", "stream", "part")
 
 
 def flat(layout: Layout, tensors: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
@@ -90,6 +99,21 @@ def part(closure: Closure, indices: Int[Tensor, " n"]) -> Closure:
         closure.part,
         closure.factor,
     )
+
+
+def pack_closure(closure: Closure | None) -> dict[str, Any] | None:
+    """Return a minibatch as a checkpoint holds it."""
+    if closure is None:
+        return None
+    return {name: getattr(closure, name) for name in _GIVEN} | {"ratio": closure.factor}
+
+
+def unpack_closure(objective: Objective, packed: Mapping[str, Any] | None) -> Closure | None:
+    """Return the minibatch that `pack_closure` has packed."""
+    if packed is None:
+        return None
+    given = {name: packed[name] for name in _GIVEN}
+    return Closure(objective, **given, factor=packed.get("ratio"))
 
 
 _OF_SUBSETS = 1 << 31  # beside the parts of the generators of labels
