@@ -98,7 +98,7 @@ def test_blocks_parameters_and_pairs(model: str, kind: Kind) -> None:
         assert_block(pair.T @ u, whole[first[:, None], own] @ u, whole)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @kinds
 @pytest.mark.parametrize("model", [*REPRESENTATIVE, "norm"])
 def test_a_loader_is_read_again_and_again(model: str, kind: Kind) -> None:

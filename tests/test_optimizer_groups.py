@@ -86,6 +86,7 @@ def bias(name: str) -> bool:
 # weight decay of a group
 
 
+@pytest.mark.thinned(2)
 @algorithms
 @pytest.mark.parametrize("model", ["tanh", "norm"])
 def test_weight_decay_of_a_group_is_that_of_its_parameters(name: str, model: str) -> None:
@@ -698,6 +699,7 @@ def test_a_state_of_other_widths_is_refused(name: str) -> None:
     refuses(stepped(name, 4, 7, 3), saved, shapes)
 
 
+@pytest.mark.thinned(2)
 @algorithms
 def test_a_state_of_as_many_numbers_is_refused(name: str) -> None:
     """35 and 24 numbers in both: [7, 5] and [3, 8] are not [5, 7] and [4, 6]."""
@@ -709,6 +711,7 @@ NUMBERS = ["ssn", "full-ggn"]
 """Methods whose curvature is of the minibatch at hand: they keep numbers only."""
 
 
+@pytest.mark.thinned(2)
 @algorithms
 def test_a_state_of_an_earlier_version_of_other_widths_is_refused(name: str) -> None:
     """It does not hold the shapes: they show in what was learnt."""
@@ -773,6 +776,7 @@ def test_a_state_without_an_inverse_of_other_widths_is_refused(name: str) -> Non
     assert equal(list(flat(curvature.state_dict())), before)
 
 
+@pytest.mark.thinned(2)
 @algorithms
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_state_of_another_dtype_is_refused(name: str, alone: bool) -> None:
