@@ -5,36 +5,28 @@ Legend: N examples, D parameters of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.closure import Closure
-from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
+from curvlab.curvature.base import NO_DATA, check_algorithm
 from curvlab.curvature.large import too_large
+from curvlab.curvature.minibatch_products import MinibatchProducts
 from curvlab.curvature.preconditioning import preconditioned
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.curvature.states import check_vectors
-from curvlab.curvature.whole_vector import (
-    PRODUCTS,
-    WholeVectorCurvature,
-    pack_closure,
-    unpack_closure,
-)
+from curvlab.curvature.whole_vector import pack_closure, unpack_closure
 from curvlab.errors import CurvlabError, warn
-from curvlab.exact.batches import check_independence
-from curvlab.exact.torch_func import Function
 from curvlab.linalg.damped import Damped, Solve
 from curvlab.linalg.products import Product
 from curvlab.objective import Objective
-from curvlab.observation import Observation, Pass, Transition
-from curvlab.soundness import check_gradients
+from curvlab.observation import Transition
 
 
-class BlockProducts(WholeVectorCurvature):
+class BlockProducts(MinibatchProducts):
     """Inverses (B + λI)⁻¹ of every block's matrix B by conjugate gradients; no block is formed.
 
     B is of the last minibatch alone, at the weights that it was seen at, and exact: a moving
@@ -48,16 +40,11 @@ class BlockProducts(WholeVectorCurvature):
             and T₂, between which λ stands.
     """
 
-    needs: frozenset[Pass] = frozenset()
-    rejects = False
     wants_step = False
+    often = True
 
     def __init__(self, objective: Objective, settings: CurvatureSettings) -> None:
         super().__init__(objective, settings)
-        self.minibatch: Closure | None = None
-        self.at: Tensor | None = None  # the weights that the products are taken at
-        self.used: float | None = None  # λ as it was last taken over
-        self._apply: Callable[[Tensor], Tensor] | None = None  # [K, D of all] → N · B of them
         block = too_large(objective.blocks, objective.dtype.itemsize)
         size = (
             ""
@@ -70,19 +57,9 @@ class BlockProducts(WholeVectorCurvature):
         )
 
     @property
-    def ready(self) -> bool:
-        """Whether a damping has been taken over by `refresh`, so that B + λI is there."""
-        return self.used is not None
-
-    @property
-    def refreshed(self) -> float | None:
-        """λ as it was last taken over; None before."""
-        return self.used
-
-    @property
     def inverse(self) -> dict[str, Solve]:
         """Inverses {block: (B + λI)⁻¹}; raises CurvlabError before there are data."""
-        if self.used is None or self._apply is None:
+        if self.used is None or self.columns is None:
             raise CurvlabError(NO_DATA)
         return {name: Solve(Damped(B, self.used)) for name, B in self.matrices().items()}
 
@@ -92,7 +69,7 @@ class BlockProducts(WholeVectorCurvature):
             raise CurvlabError(NO_DATA)
         return {
             b.name: Product(
-                partial(self._columns, self.layout.slices[b.name]),
+                partial(self._of_block, self.layout.slices[b.name]),
                 b.numel,
                 self.at.dtype,
                 self.at.device,
@@ -100,46 +77,13 @@ class BlockProducts(WholeVectorCurvature):
             for b in self.layout.blocks
         }
 
-    def _columns(self, own: slice, v: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+    def _of_block(self, own: slice, v: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """Return B v of one block: the whole matrix's rows and columns of its entries."""
-        assert self._apply is not None
+        assert self.columns is not None
         assert self.minibatch is not None
         full = v.new_zeros(v.shape[1], len(self.layout))
         full[:, own] = v.mT
-        return self._apply(full)[:, own].mT / len(self.minibatch.x)
-
-    def update(self, observation: Observation) -> None:
-        """Linearise at the minibatch where the schedule says so.
-
-        Raises:
-            Diverged: a gradient that is not finite.
-            CurvlabError: an example's outputs depend on others.
-        """
-        check_gradients(self.objective, observation)
-        step = self.steps + 1
-        if self.cadence.updates(step):
-            check_independence(self.objective)
-            self.minibatch = observation.closure
-            self.at = self.layout.flatten(
-                {name: p.detach() for name, p in self.objective.parameters.items()}
-            ).to(self.objective.dtype)
-            self._apply = self._linearised(self.minibatch, self.at)
-        if self.cadence.refreshes(step):
-            self.refresh()
-        self.steps = step
-
-    def _linearised(self, closure: Closure, at: Float[Tensor, " D"]) -> Callable[[Tensor], Tensor]:
-        """Return the products of the minibatch at weights that may have moved since."""
-        function = Function(closure, self.layout)
-        function.at = at
-        return function.product(PRODUCTS[self.labels], 1, often=True)
-
-    def refresh(self) -> None:
-        """Take over λ as it stands."""
-        if self._apply is None:
-            raise CurvlabError(NO_DATA)
-        check_damping(self.damping)
-        self.used = self.damping
+        return self.columns(full)[:, own].mT / len(self.minibatch.x)
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return (B + λI)⁻¹ · grad for every block.
@@ -170,6 +114,6 @@ class BlockProducts(WholeVectorCurvature):
         check_algorithm(state, self.name)
         check_vectors(self.layout, {"at": state["at"]}, self.objective.dtype)
         minibatch, at = unpack_closure(self.objective, state["minibatch"]), state["at"]
-        apply = None if minibatch is None or at is None else self._linearised(minibatch, at)
-        self.minibatch, self.at, self._apply = minibatch, at, apply
+        columns = None if minibatch is None or at is None else self.linearised(minibatch, at)
+        self.minibatch, self.at, self.columns = minibatch, at, columns
         self.steps, self.damping, self.used = state["steps"], state["damping"], state["used"]

@@ -15,13 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.closure import Closure
-from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
+from curvlab.curvature.base import NO_DATA, check_algorithm
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, Ratio, check_ratio, ratio_at
+from curvlab.curvature.minibatch_products import MinibatchProducts
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.curvature.states import check_vectors
 from curvlab.curvature.whole_vector import (
-    PRODUCTS,
-    WholeVectorCurvature,
     check_curvature_size,
     flat,
     loss_at,
@@ -33,19 +32,16 @@ from curvlab.curvature.whole_vector import (
     unpack_closure,
 )
 from curvlab.errors import CurvlabError
-from curvlab.exact.batches import check_independence
-from curvlab.exact.torch_func import Function
 from curvlab.finite import all_finite
 from curvlab.linalg.damped import Damped
 from curvlab.linalg.krylov import truncated_cg
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import Product
 from curvlab.objective import Objective
-from curvlab.observation import Observation, Pass, Transition
-from curvlab.soundness import check_gradients
+from curvlab.observation import Observation, Transition
 
 
-class HessianFree(WholeVectorCurvature):
+class HessianFree(MinibatchProducts):
     """Direction p = x ≈ (B + λI)⁻¹ g by conjugate gradients that stop early; B is never formed.
 
     `inverse` is the inverse itself, by conjugate gradients to the end; `precondition` stops as
@@ -74,9 +70,6 @@ class HessianFree(WholeVectorCurvature):
     Raises:
         CurvlabError: a value out of its range.
     """
-
-    needs: frozenset[Pass] = frozenset()
-    rejects = False
 
     def __init__(
         self,
@@ -109,22 +102,17 @@ class HessianFree(WholeVectorCurvature):
         )
         self.iterations, self.progress, self.reuse = iterations, progress, reuse
         self.trial: Closure | None = None  # the minibatch S₁, for the losses of backtracking
-        self.minibatch: Closure | None = None  # S₂, of the products
-        self.at: Tensor | None = None  # the weights that the products are taken at
-        self.product: Product | None = None  # B
-        self.used: float | None = None  # λ as it was last taken over
         self.solution: Tensor | None = None  # the last direction, where the next run starts
         self.start: Tensor | None = None
 
     @property
-    def ready(self) -> bool:
-        """Whether a damping has been taken over by `refresh`, so that B + λI is there."""
-        return self.used is not None
-
-    @property
-    def refreshed(self) -> float | None:
-        """λ as it was last taken over; None before."""
-        return self.used
+    def product(self) -> Product | None:
+        """B of S₂, the minibatch of the products; None before there are data."""
+        columns, minibatch, at = self.columns, self.minibatch, self.at
+        if columns is None or minibatch is None or at is None:
+            return None
+        size = len(minibatch.x)
+        return Product(lambda v: columns(v.mT).mT / size, len(at), at.dtype, at.device)
 
     @property
     def inverse(self) -> dict[str, Operator]:
@@ -142,39 +130,18 @@ class HessianFree(WholeVectorCurvature):
         """Return B p of the quadratic model, with the L2 term."""
         return self.matrix.operator @ p + self.objective.l2_hessian * p
 
+    def chosen(self, closure: Closure) -> Closure:
+        """Return N₂ examples of a minibatch, of which the products are."""
+        size = self.curvature_size
+        return closure if size is None else part(closure, subset(closure, size))
+
     def update(self, observation: Observation) -> None:
         """Linearise at the N₂ examples where the schedule says so."""
-        check_gradients(self.objective, observation)
-        step = self.steps + 1
-        closure, size = observation.closure, self.curvature_size
-        if self.cadence.updates(step):
-            check_independence(self.objective)
-            self.minibatch = closure if size is None else part(closure, subset(closure, size))
-            self.at = self.layout.flatten(
-                {name: p.detach() for name, p in self.objective.parameters.items()}
-            ).to(self.objective.dtype)
-            self.product = self._product(self.minibatch, self.at)
-        if self.cadence.refreshes(step):
-            self.refresh()
+        super().update(observation)
         self.trial, self.start = (
-            closure,
+            observation.closure,
             None if self.solution is None else self.reuse * self.solution,
         )
-        self.steps = step
-
-    def _product(self, closure: Closure, at: Float[Tensor, " D"]) -> Product:
-        """Return B of the minibatch at weights that may have moved since."""
-        function, size = Function(closure, self.layout), len(closure.x)
-        function.at = at
-        apply = function.product(PRODUCTS[self.labels], 1)
-        return Product(lambda v: apply(v.mT).mT / size, len(at), at.dtype, at.device)
-
-    def refresh(self) -> None:
-        """Take over λ as it stands."""
-        if self.product is None:
-            raise CurvlabError(NO_DATA)
-        check_damping(self.damping)
-        self.used = self.damping
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return x of truncated conjugate gradients on (B + λI) x = grad.
@@ -247,7 +214,7 @@ class HessianFree(WholeVectorCurvature):
             unpack_closure(self.objective, state[name]) for name in ("trial", "minibatch")
         )
         at = kept["at"]
-        product = None if minibatch is None or at is None else self._product(minibatch, at)
+        columns = None if minibatch is None or at is None else self.linearised(minibatch, at)
         for name, value in kept.items():
             setattr(self, name, value)
-        self.trial, self.minibatch, self.product = trial, minibatch, product
+        self.trial, self.minibatch, self.columns = trial, minibatch, columns
