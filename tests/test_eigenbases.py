@@ -312,6 +312,7 @@ def test_its_trajectory_is_the_authors(every: int, clamp: bool, size: float, sta
     for one, two in zip(found, authors(g, every, start, clamp), strict=True):
         assert_near(one, two, 1e-8)
     least = part.part_state["lam_a"]
+    assert isinstance(least, Tensor)
     assert least is not None
     assert (float(least.min()) < 0.01) is (size < 1 and not clamp)
 

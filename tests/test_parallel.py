@@ -431,6 +431,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "compared": compared,
     "conv ekfac": partial(train, "conv", "ekfac", 3),
     "gpt kfac": partial(train, "gpt-tiny", "kfac", 2),
+    "soap of outputs": partial(train, "conv", "soap", 6, largest=6, refresh_every=2),
     "refused parts": refused_parts,
     "other weights": other_weights,
     "a bad example": a_bad_example,
@@ -466,6 +467,16 @@ def test_two_ranks_by_places_and_padding(
     case: str, kind: str, algorithm: str, steps: int, two: list[dict[str, Any]]
 ) -> None:
     check(algorithm, kind, steps, [each[f"case {case}"] for each in two])
+
+
+def test_bases_that_two_ranks_turn_in_turns(two: list[dict[str, Any]]) -> None:
+    """SOAP without the sides of filters, where a gradient has less than full rank: 1e-10, with no
+    allowance for rounding.
+    """
+    true = train("conv", "soap", 6, largest=6, refresh_every=2)[0]
+    found = [each["case soap of outputs"][0] for each in two]
+    assert torch.equal(*found)
+    assert apart(found[0], true) < 1e-10
 
 
 def test_a_wrapped_model_is_the_module(two: list[dict[str, Any]]) -> None:

@@ -94,7 +94,10 @@ class Soap:
     gradient in them, which V takes anyhow: two products of six less, to rounding the same.
     """
 
-    names: ClassVar[tuple[str, ...]] = ("L", "R", "Q_L", "Q_R", "squares", "last_weight", "rotated")
+    names: ClassVar[tuple[str, ...]] = (
+        *("L", "R", "Q_L", "Q_R", "squares", "last_weight"),
+        *("rotated", "rotated_at"),
+    )
     inverse: Operator
 
     def __init__(self, shape: tuple[int, int], largest: int) -> None:
@@ -106,9 +109,10 @@ class Soap:
         self.squares: Tensor | None = None  # V, [O, I]
         self.last_weight: Tensor | None = None  # of the last minibatch: V's is one behind
         self._after: tuple[Tensor, float] | None = None  # what L and R follow with
+        # whether the bases are to follow; whether they have, since a momentum was heeded
         self._renew = self._turned = False
         self.rotated: Tensor | None = None  # m of `Mix`, in the bases as they stand
-        self._number: int | None = None  # of that m; None: as it was saved
+        self.rotated_at: int | None = None  # its number
         self._gradient: Tensor | None = None  # of the last update, in the bases before it
         self._mix: Mix | None = None  # told of the momentum that is heeded next
         self._momentum: Tensor | None = None  # heeded last, in the bases of `inverse`
@@ -133,6 +137,9 @@ class Soap:
         self._renew = self._after is not None
         if not self._renew:  # else `settle` does it
             self._invert(damping)
+        elif self._turned:  # and no momentum has been heeded in the bases before
+            self.rotated = None
+        self._turned = self._turned or self._renew
 
     def settle(self, damping: float | None) -> None:
         """Make `inverse` of V; then let L and R, and the bases where they are due, follow."""
@@ -147,11 +154,7 @@ class Soap:
 
     def settled(self) -> None:
         """Note that L, R and the bases are those after the minibatch."""
-        self._turned, self._after, self._renew = self._renew, None, False
-
-    def taken(self) -> None:
-        """Note that the statistics are saved ones, of one moment."""
-        self._number = self._mix = self._gradient = None
+        self._after, self._renew = None, False
 
     def heed_mix(self, mix: Mix) -> None:
         """Take it that the gradient of the last `update` enters the momentum heeded next so."""
@@ -166,14 +169,14 @@ class Soap:
             m = self._operator.rotated(momentum.flatten()).view_as(momentum)
             m = m if mix is None else m * mix.divisor
         self._momentum = m if mix is None else m / mix.divisor
-        stands = mix is not None and not self._turned  # the next one is of these bases
-        self.rotated, self._number = (m, mix.number) if mix and stands else (None, None)
+        stands, self._turned = not self._turned, False  # whether the next one is of these bases
+        self.rotated, self.rotated_at = (m, mix.number) if mix and stands else (None, None)
 
     def _mixed(self, mix: Mix, gradient: Tensor) -> Tensor | None:
         """Return m in the bases by that of the minibatch before; None: it is not known."""
         if not mix.keep:
             return gradient * mix.take
-        if self.rotated is None or self._number not in (None, mix.number - 1):
+        if self.rotated is None or self.rotated_at != mix.number - 1:
             return None
         return (gradient * mix.take).add_(self.rotated, alpha=mix.keep)
 

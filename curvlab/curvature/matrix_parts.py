@@ -30,7 +30,7 @@ class MatrixPart(Protocol):
     """A method's statistics of one weight [O, I], and its operator on the row-major flattening."""
 
     names: ClassVar[tuple[str, ...]]
-    """Names of the tensors that a checkpoint must hold; each may be None."""
+    """Names of the tensors and numbers that a checkpoint must hold; each may be None."""
     inverse: Operator
 
     def update(self, gradient: Float[Tensor, "O I"], weight: float) -> None:
@@ -54,9 +54,6 @@ class Mixing(Protocol):
 
     def heed_mix(self, mix: Mix) -> None:
         """Take it that the gradient of the last `update` enters that momentum so."""
-
-    def taken(self) -> None:
-        """Note that the statistics are saved ones, of one moment."""
 
 
 class Straight(Protocol):
@@ -121,17 +118,15 @@ class WithDiagonal(BlockDefaults):
             _log.info("%s goes by Adam's diagonal", block)
 
     @property
-    def part_state(self) -> dict[str, Tensor | None]:
+    def part_state(self) -> dict[str, Tensor | int | None]:
         """Statistics of the weight, for a checkpoint; {} where it has none."""
         return {} if self.part is None else {n: getattr(self.part, n) for n in self.part.names}
 
     @part_state.setter
-    def part_state(self, state: Mapping[str, Tensor | None]) -> None:
+    def part_state(self, state: Mapping[str, Tensor | int | None]) -> None:
         """Take a checkpoint's."""
         for name, value in state.items():
             setattr(self.part, name, value)
-        if self._mixing is not None:
-            self._mixing.taken()
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         """Fold the minibatch's mean gradient in: the weight's into its part, other squares in v."""
@@ -167,6 +162,7 @@ class WithDiagonal(BlockDefaults):
             self.part.heed(matrix, damping)
         if self._straight is not None:
             self._heeded = momentum
+        self._folded = None
 
     def direction_of(self, momentum: Tensor) -> Tensor | None:
         """Return the direction of the momentum heeded last, the weight's by its straight way."""
