@@ -348,6 +348,11 @@ def test_a_landscape_has_a_tile_for_each_point() -> None:
     hatched = [p for p in ax.patches if isinstance(p, Rectangle) and p.get_hatch()]
     assert [p.get_xy() for p in frames] == [(0, 0)]
     assert [p.get_xy() for p in hatched] == [(1, 0)]
+    grid = found["MNIST"]["K-BFGS"]
+    points = tuple(replace(p, refused=p.place == {"lr": 0.3, "damping": 1}) for p in grid.points)
+    empty = draw_landscapes({"MNIST": {"K-BFGS": replace(grid, points=points)}}, "title")
+    patches = [p for one in empty.axes for p in one.patches if isinstance(p, Rectangle)]
+    assert not [p for p in patches if p.get_hatch()]
     (star,) = ax.lines
     at = [float(np.asarray(values, dtype=float)[0]) for values in star.get_data()]
     assert at == pytest.approx([0.5, 1.8])

@@ -40,7 +40,7 @@ def draw_landscapes(found: Mapping[str, Mapping[str, SearchedGrid]], title: str)
 
     Learning rates go to the right, dampings upwards, further axes being at their best; where the
     damping is one, the further axes go upwards. A star is at the lowest loss, a frame around the
-    document's choice, hatches where a point diverged.
+    document's choice, hatches where a point diverged; a place that a method does not take is empty.
 
     Args:
         found: {problem: {label: grid}}.
@@ -99,13 +99,15 @@ def _tiles(
 ) -> tuple[list[str], list[tuple[float, ...]], NDArray[np.float64]]:
     """Return the axes upwards, their rows, and the lowest loss of each [row, learning rate].
 
-    Infinite where all points there have diverged; NaN where there is none.
+    Infinite where all points there have diverged; NaN where there is none that the method takes.
     """
     names = _upwards(grid)
     rows = sorted({tuple(point.place[a] for a in names) for point in grid.points})
     rates = grid.values("lr")
     tiles = np.full((len(rows), len(rates)), np.nan)
     for point in grid.points:
+        if point.refused:
+            continue
         at = rows.index(tuple(point.place[a] for a in names)), rates.index(point.place["lr"])
         tiles[at] = np.fmin(tiles[at], point.lowest)
     return names, rows, tiles
