@@ -266,9 +266,9 @@ class Muon:
                 momenta = [part.U for part in group if part.U is not None]
                 found = newton_schulz_bfloat16(momenta)
                 for part, U, rounded in zip(group, momenta, found, strict=True):
-                    # not turned: what is added to the weights is to lie as they do
-                    own = torch.empty_like(U, memory_format=torch.contiguous_format).copy_(rounded)
-                    part._rounded = own.mul_(part._scale(U.shape[0], U.shape[1]))
+                    # of one entry, not a number: the product has the precision of U, in one pass
+                    scale = U.new_full((1,), part._scale(U.shape[0], U.shape[1]))
+                    part._rounded = rounded * scale
 
     @property
     def inverse(self) -> Operator:
