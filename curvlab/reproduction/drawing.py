@@ -108,7 +108,7 @@ def panel(
         ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     elif ends and max(ends) > _APART * float(np.median(ends)):
         ax.set_xscale("log", nonpositive="mask")
-        plain_numbers(ax.xaxis)
+        plain_numbers(ax.xaxis, decades=1)
     ax.set_ylabel(MEASURES[measure] + (" (nat)" if measure.endswith("loss") else ""))
     logarithmic(ax, drawn)
     ax.grid(alpha=0.3, which="both", linewidth=0.5)

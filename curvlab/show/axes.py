@@ -89,7 +89,12 @@ class _Logarithmic(LogFormatter):
         return f"{x:.4g}" if super().__call__(x, pos) else ""
 
 
-def plain_numbers(axis: Axis) -> None:
-    """Write plain numbers on a logarithmic axis, also between the decades where there is room."""
+def plain_numbers(axis: Axis, decades: float = 2) -> None:
+    """Write plain numbers on a logarithmic axis, also between the decades where there is room.
+
+    Args:
+        axis: of either direction.
+        decades: that it spans at most, for numbers between them; side by side these take more room.
+    """
     axis.set_major_formatter(_Logarithmic())
-    axis.set_minor_formatter(_Logarithmic(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    axis.set_minor_formatter(_Logarithmic(labelOnlyBase=False, minor_thresholds=(decades, 0.5)))
