@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 
 from curvlab.algorithms import ALGORITHMS
 from curvlab.runs import FIGURE_4_1
+from curvlab.show import style
 from curvlab.show.style import FAMILIES, look, looks
 
 
@@ -23,6 +24,14 @@ def test_every_algorithm_of_the_table_is_in_one_family_and_has_a_colour_of_its_o
         "in print"
     )
     assert [look(family[0]).colour for family in FAMILIES.values()] == list(FAMILIES)
+
+
+def test_members_of_a_family_are_told_apart_by_lightness() -> None:
+    """By 3 of CIE L* and more, which shows side by side; none is lost on white."""
+    for hue, family in FAMILIES.items():
+        seen = sorted(style._lightness(to_rgb(look(name).colour)) for name in family)
+        assert all(b - a > 3 for a, b in itertools.pairwise(seen)), hue
+        assert seen[-1] < 80
 
 
 @given(st.lists(st.sampled_from([*ALGORITHMS, "mine", "my-own"]), min_size=1, max_size=40))

@@ -143,15 +143,29 @@ def _variations(algorithm: str) -> Iterator[LineStyle]:
 
 _SHADES = 60
 _GOLDEN = 0.6180339887498949
+_DARK, _LIGHT = 18.0, 78.0  # L* of shades: what is lighter is lost on white
 
 
 def _shade(hue: str, step: int) -> str:
     """Return the hue itself at step 0; then lightnesses between dark and light.
 
-    Each is far from the ones before it.
+    Each is far from the ones before it, as the eye sees them (CIE L*), the hue's own among them.
     """
     if step == 0:
         return hue
     h, own, saturation = colorsys.rgb_to_hls(*to_rgb(hue))
-    lightness = 0.16 + 0.56 * ((own + step * _GOLDEN) % 1.0)
-    return str(to_hex(colorsys.hls_to_rgb(h, lightness, saturation))).upper()
+    place = (_lightness(to_rgb(hue)) - _DARK) / (_LIGHT - _DARK)
+    wanted = _DARK + (_LIGHT - _DARK) * ((place + step * _GOLDEN) % 1.0)
+    low, high = 0.0, 1.0
+    for _ in range(20):  # L* grows with that of HLS
+        own = (low + high) / 2
+        darker = _lightness(colorsys.hls_to_rgb(h, own, saturation)) < wanted
+        low, high = (own, high) if darker else (low, own)
+    return str(to_hex(colorsys.hls_to_rgb(h, own, saturation))).upper()
+
+
+def _lightness(rgb: tuple[float, float, float]) -> float:
+    """Return CIE L* of a colour of sRGB, 0 to 100."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return 116 * luminance ** (1 / 3) - 16 if luminance > 0.008856 else 903.3 * luminance
