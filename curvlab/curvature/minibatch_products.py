@@ -22,7 +22,7 @@ from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass
 from curvlab.soundness import check_gradients
 
-Columns = Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]
+MinibatchColumns = Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]
 
 
 class MinibatchProducts(WholeVectorCurvature):
@@ -44,7 +44,7 @@ class MinibatchProducts(WholeVectorCurvature):
         self.minibatch: Closure | None = None
         self.at: Tensor | None = None  # the weights that the products are taken at
         self.used: float | None = None  # λ as it was last taken over
-        self.columns: Columns | None = None  # rows v → N · B v
+        self.columns: MinibatchColumns | None = None  # rows v → N · B v
 
     @property
     def ready(self) -> bool:
@@ -80,7 +80,7 @@ class MinibatchProducts(WholeVectorCurvature):
         """Return what of a minibatch the products are of: all of it."""
         return closure
 
-    def linearised(self, closure: Closure, at: Float[Tensor, " D"]) -> Columns:
+    def linearised(self, closure: Closure, at: Float[Tensor, " D"]) -> MinibatchColumns:
         """Return the products of a minibatch at weights that may have moved since."""
         function = Function(closure, self.layout)
         function.at = at
