@@ -419,7 +419,7 @@ def compared(
     return gram.values, run.dataset["loss"].values, weights(objective)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(4)
 @algorithms
 @pytest.mark.parametrize("quarter", range(4))
 def test_compare_gives_the_same_bits_alone_and_in_company(name: str, quarter: int) -> None:
