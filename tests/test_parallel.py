@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
 from curvlab.comparison_settings import ALWAYS
+from curvlab.curvature import large
 from curvlab.curvature.owners import REFRESHES, owners
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Categorical
@@ -296,6 +297,13 @@ def own_parts() -> Trained:
     return weights(o), losses
 
 
+def by_products() -> Trained:
+    """block-ggn where no block is formed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large, "_DENSE", 0)
+        return train("mlp", "block-ggn", 3)
+
+
 def in_mode(part: Callable[[], nn.Module]) -> Trained:
     """A layer that lets no look be shared."""
     torch.manual_seed(3)  # of dropout
@@ -431,6 +439,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "compared": compared,
     "conv ekfac": partial(train, "conv", "ekfac", 3),
     "gpt kfac": partial(train, "gpt-tiny", "kfac", 2),
+    "by products": by_products,
     "soap of outputs": partial(train, "conv", "soap", 6, largest=6, refresh_every=2),
     "refused parts": refused_parts,
     "other weights": other_weights,
@@ -475,6 +484,15 @@ def test_bases_that_two_ranks_turn_in_turns(two: list[dict[str, Any]]) -> None:
     """
     true = train("conv", "soap", 6, largest=6, refresh_every=2)[0]
     found = [each["case soap of outputs"][0] for each in two]
+    assert torch.equal(*found)
+    assert apart(found[0], true) < 1e-10
+
+
+def test_blocks_too_large_to_be_formed(two: list[dict[str, Any]]) -> None:
+    """Conjugate gradients stop where a residual has a size, ε^¾ (`Solve`): there to 1e-10."""
+    true = by_products()[0]
+    assert apart(true, train("mlp", "block-ggn", 3)[0]) > 1e-10  # its matrices are averages
+    found = [each["case by products"][0] for each in two]
     assert torch.equal(*found)
     assert apart(found[0], true) < 1e-10
 

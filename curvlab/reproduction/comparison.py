@@ -143,8 +143,9 @@ class Comparison:
     """A figure of training curves.
 
     `measures` are variables of a training log, a row of panels each; `spread` says what is shaded;
-    `reported` are the document's numbers. `l2` is μ of μ ‖θ‖², in the gradients and not in the loss
-    that is drawn.
+    `told_after` are epochs after which the tables have the training loss, with its standard
+    deviation over the seeds; `reported` are the document's numbers. `l2` is μ of μ ‖θ‖², in the
+    gradients and not in the loss that is drawn.
     """
 
     shows: str
@@ -159,6 +160,7 @@ class Comparison:
     spread: Literal["std", "error of the mean"] = "std"
     reported: Reported = field(default_factory=Reported)
     l2: float = 0.0
+    told_after: Sequence[int] = ()
 
     @property
     def extents(self) -> dict[str, str]:
@@ -237,9 +239,8 @@ class Comparison:
         """Say the table of one problem."""
         report.say(problem)
         told = self.reported.numbers.get(problem, {})
-        columns = ["loss before", "last", "lowest", "test error", "epochs", "s/epoch"] + [
-            "document"
-        ] * bool(told)
+        columns = ["loss before", "last", "lowest", "test error", "epochs", "s/epoch"]
+        columns = [*columns, *(f"epoch {n}" for n in self.told_after)] + ["document"] * bool(told)
         rows = ([label, r.arguments, *self._cells(label, r, told)] for label, r in found.items())
         report.table(
             ["method", "lr, damping" if not self.decayed else "lr, decay, damping", *columns], rows
@@ -260,7 +261,7 @@ class Comparison:
         unit = " %" * self.reported.accuracies
         document = ([f"{told[label]:g}{unit}"] if label in told else [""]) if told else []
         if not r.runs:
-            return ["diverged", *[""] * 5, *document]
+            return ["diverged", *[""] * (5 + len(self.told_after)), *document]
         loss, epochs = r.mean("train_loss"), float(r.along("epoch")[-1])
         each = float(r.along("time")[-1]) / epochs if epochs else 0.0
         error = f"{r.lowest('val_error'):.4f}" if "val_error" in r.together else ""
@@ -271,6 +272,7 @@ class Comparison:
             error,
             f"{epochs:.3g}",
             f"{each:.3g}",
+            *(r.told("train_loss", after) for after in self.told_after),
             *document,
         ]
 

@@ -79,6 +79,16 @@ class Result:
         """Return the mean at a place, epoch or seconds, by linear interpolation along the axis."""
         return float(np.interp(place, self.along(axis), self.mean(measure)))
 
+    def told(self, measure: str, epoch: int) -> str:
+        """Return a measure's mean ± standard deviation over the seeds after an epoch, in words.
+
+        "" where a seed has no such epoch.
+        """
+        if epoch not in self.together["epoch"]:
+            return ""
+        values = self.together[measure].sel(epoch=epoch)
+        return f"{float(values.mean()):.4g} ± {float(values.std()):.2g}"
+
 
 Results = dict[str, dict[str, Result]]
 """{problem: {label: result}}"""
