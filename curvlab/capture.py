@@ -361,8 +361,9 @@ class Capture(Hearing):
             sent_together(z, [self.parameters[name] for name in named], vectors) if named else []
         )
         means = self._means(self.blocks, dict(zip(named, grads, strict=True)), size or len(z))
+        count = len(z)
         return {
-            b.name: LayerStatistics(b, len(z), mean, like=mean, why=_ALONE, used=used)
+            b.name: LayerStatistics(b, count, mean, like=mean, why=_ALONE, used=used)
             for b, (mean, used) in zip(self.blocks, means.values(), strict=True)
         }
 
@@ -375,11 +376,11 @@ class Capture(Hearing):
         """
         found, scale = {}, 1 / size
         for block in blocks:
-            each = {name: self._sum(sums.get(name), name) for name in block.params}
-            used = any(
-                sums.get(name) is not None or not self.parameters[name].requires_grad
-                for name in block.params
-            )
+            each, used = dict[str, Tensor](), False
+            for name in block.params:
+                d = sums.get(name)
+                each[name] = self._sum(d, name)
+                used = used or d is not None or not self.parameters[name].requires_grad
             if block.layer is None or not block.biased:
                 mean = block.gather(each) * scale
             elif each[block.params[0]].numel() < _SMALL:
@@ -392,8 +393,8 @@ class Capture(Hearing):
         return found
 
     def _sum(self, d: Tensor | None, name: str) -> Tensor:
-        p = self.parameters[name]
         if d is None:
+            p = self.parameters[name]
             return torch.zeros_like(p, dtype=self.dtype, requires_grad=False)
         d = d.to_dense() if d.is_sparse else d
-        return d if self.dtype is None else d.to(self.dtype)
+        return d if self.dtype in (None, d.dtype) else d.to(self.dtype)

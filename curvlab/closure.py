@@ -283,10 +283,9 @@ class Closure(Looks):
             found = shared_look(self, needs, move_buffers, draws, checked)
             if found is not None:
                 return found
+        unheard = needs <= {"gradient", "plain"} and self._may_go_unheard()
         z, capture = (
-            self._unheard(move_buffers)
-            if needs <= {"gradient", "plain"} and self._may_go_unheard()
-            else self.forward(move_buffers=move_buffers)
+            self._unheard(move_buffers) if unheard else self.forward(move_buffers=move_buffers)
         )
         with derivatives():
             outputs = z.detach().requires_grad_()
@@ -328,7 +327,7 @@ class Closure(Looks):
                     ]
                 vectors = each[0][None] if draws == 1 else torch.stack(each) / draws**0.5
             guard_pass(capture, vectors)
-            if name == "gradient" and all(map(capture.fine, self.objective.blocks)):
+            if name == "gradient" and (unheard or all(map(capture.fine, self.objective.blocks))):
                 passes[name] = capture.gradients(z, vectors)
             elif shared:
                 passes[name] = pass_of_vectors(capture, z, vectors)

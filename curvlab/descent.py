@@ -144,13 +144,14 @@ class Descent:
         whole: dict[float, list[Block]] = {}  # blocks of one parameter, by its rate
         with torch.no_grad():
             for block in self.objective.blocks:
+                if len(block.params) == 1:
+                    rate = decay(parameters[block.params[0]]) if callable(decay) else decay
+                    whole.setdefault(rate, []).append(block)
+                    continue
                 rates = {
                     name: decay(parameters[name]) if callable(decay) else decay
                     for name in block.params
                 }
-                if len(rates) == 1:
-                    whole.setdefault(rates[block.params[0]], []).append(block)
-                    continue
                 found[block.name] = out = p[block.name].new_empty(block.shape)
                 into = block.scatter(out)  # views, since it is contiguous
                 for name, part in block.scatter(p[block.name]).items():

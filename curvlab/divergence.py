@@ -94,16 +94,16 @@ def named(
 class Naming:
     """A context that gives a block's name to what is raised inside, as `named` does.
 
-    It costs a third of a microsecond.
+    It costs a third of a microsecond; in a loop one is opened around it, and told where it is.
     """
 
     __slots__ = ("block", "where")
 
-    def __init__(self, where: object, block: str) -> None:
+    def __init__(self, where: object = "", block: str = "") -> None:
         self.where, self.block = where, block  # made a text only where something is raised
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> Naming:
+        return self
 
     def __exit__(
         self,

@@ -141,6 +141,8 @@ class Block:
             return weight
         if self.layer.transposed:
             weight = weight.mT
+        if weight.ndim == batch + 2:  # [O, I] as it is
+            return weight
         return weight.reshape(*weight.shape[:batch], self.shape[0], -1)
 
     def scatter(self, value: Tensor, batch: int = 0) -> dict[str, Tensor]:
@@ -154,9 +156,10 @@ class Block:
         if self.layer is None:
             return {self.params[0]: value}
         weight = value[..., :-1] if self.biased else value
-        weight = (
-            weight.mT if self.layer.transposed else weight.reshape(*leading, *self.weight_shape)
-        )
+        if self.layer.transposed:
+            weight = weight.mT
+        elif len(self.weight_shape) != 2:
+            weight = weight.reshape(*leading, *self.weight_shape)
         return {self.params[0]: weight} | ({self.params[1]: value[..., -1]} if self.biased else {})
 
     def __str__(self) -> str:

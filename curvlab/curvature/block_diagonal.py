@@ -176,19 +176,20 @@ class BlockDiagonal(CurvatureDefaults):
         if observation.pull and self.labels == "data":
             statistics = with_terms(statistics, self.blocks, observation.pull)
         check_folds(statistics, self.blocks, self._partition, self.labels)
-        for name, block in self.blocks.items():
-            found = statistics.get(name)
-            if found is None or not getattr(
-                found, "used", True
-            ):  # the exact pass has no gradient of a block without structure
-                if name not in self._idle and not hasattr(block, "inverse"):
-                    self._idle[name] = identity_like(
-                        observation.loss.new_empty(self._partition[name].shape)
-                    )
-            else:
-                with Naming(self._partition[name], name):
+        with Naming() as here:
+            for name, block in self.blocks.items():
+                found = statistics.get(name)
+                if found is None or not getattr(
+                    found, "used", True
+                ):  # the exact pass has no gradient of a block without structure
+                    if name not in self._idle and not hasattr(block, "inverse"):
+                        self._idle[name] = identity_like(
+                            observation.loss.new_empty(self._partition[name].shape)
+                        )
+                else:
+                    here.where, here.block = self._partition[name], name
                     block.update(found, weight)
-                self._idle.pop(name, None)
+                    self._idle.pop(name, None)
         self.updates += 1
         self._stale = True
 

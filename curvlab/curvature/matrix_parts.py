@@ -131,7 +131,7 @@ class WithDiagonal(BlockDefaults):
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         """Fold the minibatch's mean gradient in: the weight's into its part, other squares in v."""
         self._folded = statistics.gradient
-        matrix, rest = self._apart(statistics.gradient)
+        matrix, rest = self._apart(self._folded)
         if self.part is not None and matrix is not None:
             self.part.update(matrix, weight)
         if rest is not None:
@@ -157,8 +157,9 @@ class WithDiagonal(BlockDefaults):
 
     def heed(self, momentum: Tensor, damping: float | None) -> None:
         """Tell the weight's part of the momentum that is preconditioned next."""
-        matrix = self._apart(momentum)[0]
-        if self.part is not None and matrix is not None:
+        if self.part is not None:
+            matrix, _ = self._apart(momentum)
+            assert matrix is not None
             self.part.heed(matrix, damping)
         if self._straight is not None:
             self._heeded = momentum
@@ -235,7 +236,7 @@ class WithDiagonal(BlockDefaults):
         if self.part is None:
             return None, value.flatten()
         if not self.block.biased:
-            return value.flatten(1), None
+            return (value if value.ndim == 2 else value.flatten(1)), None
         return value[:, :-1], value[:, -1]
 
     def _invert_rest(self, damping: float) -> None:
@@ -245,7 +246,7 @@ class WithDiagonal(BlockDefaults):
     def _inverse_of_rest(self) -> Operator | None:
         if self._to_invert is not None:
             v, damping = self._to_invert
-            self._of_rest = Diagonal((v.sqrt() + self._beside(damping)).reciprocal())
+            self._of_rest = Diagonal(v.sqrt().add_(self._beside(damping)).reciprocal_())
             self._to_invert = None
         return self._of_rest
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvlab.curvature.base import CurvatureBlock, block_with_defaults
+from curvlab.curvature.base import CurvatureBlock, block_with_defaults, with_own
 from curvlab.divergence import named
 from curvlab.errors import Diverged
 from curvlab.finite import all_finite, all_short, waits
@@ -68,7 +68,10 @@ def check_folds(
     having = {
         n: b for n, b in blocks.items() if b.memory and getattr(statistics.get(n), "used", False)
     }
-    moments = {n: block_with_defaults(b).moments(statistics[n]) for n, b in having.items()}
+    moments = {
+        n: block_with_defaults(b).moments(statistics[n])
+        for n, b in with_own("moments", having).items()
+    }
     squared = [n for n, b in having.items() if b.reads == "gradient" and labels != "data"]
     try:
         check_moments((name, what, m) for name, each in moments.items() for what, m in each.items())

@@ -256,19 +256,17 @@ class Muon:
     @staticmethod
     def together(parts: Sequence[Muon]) -> None:
         """Iterate weights of one shape, or of that turned, together: as many as fit a cache."""
-        by_shape: dict[tuple[int, ...], list[Muon]] = {}
+        alike: dict[tuple[Callable[[int, int], float], tuple[int, ...]], list[Muon]] = {}
         for part in parts:
             if part.U is not None:
-                by_shape.setdefault(tuple(sorted(part.U.shape)), []).append(part)
-        for shape, all_of in by_shape.items():
+                alike.setdefault((part._scale, tuple(sorted(part.U.shape))), []).append(part)
+        for (scale, shape), all_of in alike.items():
             some = max(1, _TOGETHER // math.prod(shape))
             for group in (all_of[i : i + some] for i in range(0, len(all_of), some)):
                 momenta = [part.U for part in group if part.U is not None]
-                found = newton_schulz_bfloat16(momenta)
-                for part, U, rounded in zip(group, momenta, found, strict=True):
-                    # of one entry, not a number: the product has the precision of U, in one pass
-                    scale = U.new_full((1,), part._scale(U.shape[0], U.shape[1]))
-                    part._rounded = rounded * scale
+                found = newton_schulz_bfloat16(momenta, scale=scale)
+                for part, rounded in zip(group, found, strict=True):
+                    part._rounded = rounded
 
     @property
     def inverse(self) -> Operator:

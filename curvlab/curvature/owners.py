@@ -173,9 +173,10 @@ def share_out(
         CurvlabError: on all ranks, what one of them has raised.
     """
     own = owners(ranks, table, blocks, partition) if ranks.several else {}
-    for name, block in blocks.items():
-        if name not in own:
-            with Naming(partition[name], name):
+    with Naming() as here:
+        for name, block in blocks.items():
+            if name not in own:
+                here.where, here.block = partition[name], name
                 work(block)
     if own:
         _by_owners(ranks, table, blocks, partition, work, own)

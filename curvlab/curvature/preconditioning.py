@@ -69,8 +69,9 @@ def _by_block(
                 f"{partition[name]} has shape {wanted}, but its gradient {list(g.shape)}"
             )
     found: dict[str, Tensor] = {}
-    for name, g in grads.items():
-        with Naming(partition[name], name):
+    with Naming() as here:
+        for name, g in grads.items():
+            here.where, here.block = partition[name], name
             found[name] = (inverse[name] @ g.flatten()).view(g.shape)
     return found
 
@@ -120,10 +121,11 @@ def straight_directions(
         momenta: {block: momentum, or any other tensor, which gives nothing}.
     """
     found: dict[str, Tensor] = {}
-    for name, momentum in momenta.items():
-        if name in blocks:
-            with Naming(partition[name], name):
+    with Naming() as here:
+        for name, momentum in momenta.items():
+            if name in blocks:
+                here.where, here.block = partition[name], name
                 direction = block_with_defaults(blocks[name]).direction_of(momentum)
-            if direction is not None:
-                found[name] = direction
+                if direction is not None:
+                    found[name] = direction
     return found
