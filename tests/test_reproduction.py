@@ -40,8 +40,8 @@ from curvlab.reproduction import (
     scripts,
 )
 from curvlab.reproduction.claims import verdicts
-from curvlab.reproduction.comparison import ProblemRuns
 from curvlab.reproduction.drawing import training_curves
+from curvlab.reproduction.problem_runs import ProblemRuns
 from curvlab.reproduction.problems import PROBLEMS
 from curvlab.reproduction.results import Result, cut
 from curvlab.reproduction.scaling import exponent
@@ -79,7 +79,7 @@ def test_every_figure_and_table_has_a_name() -> None:
     s2qn, kfqn = (
         [f"{document}-figure-{n}" for n in range(1, 5)] for document in ("s2qn", "kfqn-cnn")
     )
-    own = ["autoencoders", "cifar-cost", "convnet", "layerwise-oracle"]
+    own = ["autoencoders", "cifar-cost", "convnet", "long-runs", "layerwise-oracle"]
     assert [*thesis, *s2qn, "skqn-refinement", *kfqn, *own] == NAMES
 
 
@@ -320,6 +320,26 @@ def test_runs_are_shared_and_go_on(tmp_path: Path) -> None:
     assert len(list((tmp_path / "runs").rglob("run.h5"))) == 2
     shorter, _ = results(small(), tmp_path)  # no further than this figure's budget
     assert list(shorter["Adam"].mean("train_loss")) == list(first["Adam"].mean("train_loss"))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_losses_along_the_way_and_kept_runs(tmp_path: Path) -> None:
+    """Tables say the loss after some epochs with its spread, of two seeds by hand; kept runs are
+    read, and none is trained.
+    """
+    figure = small(cpu=Extent(epochs=2, examples=40, tests=20, seeds=2, told_after=(1, 2, 9)))
+    kept = ProblemRuns(figure, "MNIST", Options("cpu", runs=tmp_path / "runs", device="cpu"))
+    with pytest.raises(CurvlabError, match="no finished run of adam with seed 0"):
+        kept.result(figure.methods["Adam"], training=False)
+    found, said = results(figure, tmp_path)
+    of_seeds = [float(run["train_loss"].sel(epoch=1)) for run in found["Adam"].runs]
+    mean, half = sum(of_seeds) / 2, abs(of_seeds[0] - of_seeds[1]) / 2
+    assert f"{mean:.4g} ± {half:.2g}" == found["Adam"].told("train_loss", 1)
+    assert found["Adam"].told("train_loss", 9) == ""
+    assert re.search(r"epoch 1 +epoch 2 +epoch 9", said)
+    assert f"{mean:.4g} ± {half:.2g}" in said
+    again = kept.result(figure.methods["Adam"], training=False)
+    assert list(again.mean("train_loss")) == list(found["Adam"].mean("train_loss"))
 
 
 def test_what_decides_the_numbers_decides_the_folder(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from curvlab import moved
 from curvlab.reproduction import problems
 from curvlab.reproduction.claims import Claim, Reported
-from curvlab.reproduction.comparison import Comparison, Extent, Method
+from curvlab.reproduction.comparison import Comparison
 from curvlab.reproduction.index import load_script, scripts
+from curvlab.reproduction.methods import Extent, Method
 from curvlab.reproduction.scaling import Axis, Row, Scaling
 from curvlab.reproduction.script import Options, ReproductionReport, Script, main, reproduce
 from curvlab.reproduction.settings import (

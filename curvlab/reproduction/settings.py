@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from curvlab.reproduction.comparison import Extent, Method, TableValues
+from curvlab.reproduction.methods import Extent, Method, TableValues
 
 AUTOENCODERS = Extent(seconds=120, tests=10_000, evaluated=10_000)
 NETWORKS = Extent(seconds=60, examples=2048, tests=512, evaluated=512)

@@ -23,7 +23,9 @@ from curvlab.curvature.settings import Cadence
 from curvlab.errors import CurvlabError, Diverged
 from curvlab.machine import clock_of
 from curvlab.optim import Batch, Optimizer
-from curvlab.reproduction.comparison import Comparison, Method, ProblemRuns
+from curvlab.reproduction.comparison import Comparison
+from curvlab.reproduction.methods import Method
+from curvlab.reproduction.problem_runs import ProblemRuns
 from curvlab.reproduction.script import Options
 from curvlab.system.atomic import rewrite
 from curvlab.system.memory import tensors

@@ -16,8 +16,10 @@ import numpy as np
 import xarray as xr
 
 from curvlab.errors import CurvlabError
-from curvlab.reproduction.comparison import Comparison, Extent, Method, ProblemRuns
+from curvlab.reproduction.comparison import Comparison
 from curvlab.reproduction.landscapes import SIGNS, draw_landscapes, in_brackets
+from curvlab.reproduction.methods import Extent, Method
+from curvlab.reproduction.problem_runs import ProblemRuns
 from curvlab.reproduction.script import ReproductionReport, say_progress
 from curvlab.reproduction.search import SearchedGrid, TrainedPoint
 from curvlab.reproduction.settings import TUNED
