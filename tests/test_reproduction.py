@@ -4,6 +4,7 @@ and exponents by hand.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import runpy
@@ -25,6 +26,7 @@ from curvlab.cli import app as cli
 from curvlab.curvature.settings import Cadence
 from curvlab.datasets import DATASETS
 from curvlab.errors import CurvlabError
+from curvlab.logs.reading import open_log
 from curvlab.models import MODELS
 from curvlab.reproduction import (
     Axis,
@@ -340,6 +342,15 @@ def test_losses_along_the_way_and_kept_runs(tmp_path: Path) -> None:
     assert f"{mean:.4g} ± {half:.2g}" in said
     again = kept.result(figure.methods["Adam"], training=False)
     assert list(again.mean("train_loss")) == list(found["Adam"].mean("train_loss"))
+
+
+def test_kept_logs_say_where_they_lie() -> None:
+    """Those of the long runs; the documentation's table is made of them."""
+    files = sorted((ANALYSES / "logs").rglob("run.h5"))
+    assert len(files) == 25  # eight methods, three seeds; one of TNT diverged
+    for file in files:
+        folder = file.parent.relative_to(ANALYSES.parent).as_posix()
+        assert json.loads(open_log(file).attrs["call"])["folder"] == folder
 
 
 def test_what_decides_the_numbers_decides_the_folder(tmp_path: Path) -> None:

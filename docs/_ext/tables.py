@@ -9,7 +9,7 @@ import json
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import curvlab
@@ -24,7 +24,9 @@ from curvlab.models import MODELS
 from curvlab.probes import PROBES, Variable
 from curvlab.probes.costs import COST_MODELS as OF_COSTS
 from curvlab.probes.costs import COSTS
-from curvlab.reproduction import Comparison, load_script, scripts
+from curvlab.reproduction import Comparison, Options, load_script, scripts
+from curvlab.reproduction.problem_runs import ProblemRuns
+from curvlab.reproduction.results import Result
 from curvlab.spectra import SPECTRUM_VARIABLES as OF_SPECTRA
 from curvlab.training.records import TRAINING_VARIABLES as OF_TRAINING
 from curvlab.training.schedules import SCHEDULES
@@ -196,6 +198,10 @@ def settings(figure: Comparison, problem: str, label: str) -> dict[str, object]:
     }
 
 
+def _key(figure: Comparison, problem: str, label: str) -> str:
+    return repr(sorted(settings(figure, problem, label).items()))
+
+
 def reported() -> Iterator[tuple[str, Comparison, str, str, float]]:
     """(name, figure, problem, label, number) of all that documents report, each of them once."""
     seen = set()
@@ -205,7 +211,7 @@ def reported() -> Iterator[tuple[str, Comparison, str, str, float]]:
             continue
         for problem, of_labels in figure.reported.numbers.items():
             for label, number in of_labels.items():
-                key = problem, label, number, str(settings(figure, problem, label))
+                key = problem, label, number, _key(figure, problem, label)
                 if key not in seen:
                     yield name, figure, problem, label, number
                 seen.add(key)
@@ -213,21 +219,18 @@ def reported() -> Iterator[tuple[str, Comparison, str, str, float]]:
 
 def _reported(measured_here: bool) -> Table:
     """The documents' numbers: beside ours of the same method at the same values, or without."""
-    ours = [
-        (settings(load_script(name), problem, label), number, extent)
-        for name, problem, label, number, extent in _numbers("numbers")
-    ]
+    ours = {
+        _key(load_script(name), problem, label): (f"{number:.1f}", extent)
+        for name, problem, label, number, extent in (*_numbers("numbers"), *_kept())  # longer last
+    }
     rows: dict[tuple[str, ...], list[str]] = {}
     for name, figure, problem, label, number in reported():
-        same = [
-            (f"{value:.1f}", extent)
-            for set_to, value, extent in ours
-            if set_to == settings(figure, problem, label) and not figure.reported.accuracies
-        ]
+        losses = not figure.reported.accuracies
+        same = ours.get(_key(figure, problem, label)) if losses else None
         if measured_here:
-            for value, extent in same:
-                rows[name, problem, label, f"{number:.2f}", value, extent] = []
-        elif not same:
+            if same is not None:
+                rows[name, problem, label, f"{number:.2f}", *same] = []
+        elif same is None:
             key = name, problem, figure.reported.what
             rows.setdefault(key, []).append(f"{label} {number:.2f}")
     if measured_here:
@@ -247,6 +250,36 @@ def _published() -> Table:
         for here in [ours[tuple(what)]]
     ]
     return Table(["problem", "method", "published", "here", "difference"], rows)
+
+
+@cache
+def _long_runs_kept() -> tuple[Comparison, dict[str, Result]]:
+    """The script, and {label: result} of the logs in `analyses/logs`; nothing is trained."""
+    figure = load_script("long-runs")
+    assert isinstance(figure, Comparison)
+    runs = ProblemRuns(figure, "MNIST", Options(runs=ROOT / "analyses" / "logs", device="cpu"))
+    each = figure.methods.items()
+    return figure, {label: runs.result(method, training=False) for label, method in each}
+
+
+def _kept() -> Iterator[tuple[str, str, str, float, str]]:
+    """As `_numbers`, of the kept runs."""
+    figure, results = _long_runs_kept()
+    of_what = f"{figure.cpu.epochs} epochs, {figure.cpu.seeds} seeds"
+    for label, found in results.items():
+        yield "long-runs", "MNIST", label, float(found.mean("train_loss")[-1]), of_what
+
+
+def _long_runs() -> Table:
+    figure, results = _long_runs_kept()
+    rows = []
+    for label, found in results.items():
+        each = float(found.along("time")[-1]) / float(found.along("epoch")[-1])
+        losses = [found.told("train_loss", epoch) for epoch in figure.cpu.told_after]
+        stopped = "; ".join(line.partition(":")[0] for line in found.failures)
+        rows.append([label, found.arguments, *losses, f"{each:.3g}", stopped or "none"])
+    after = [f"loss after epoch {epoch}" for epoch in figure.cpu.told_after]
+    return Table(["method", "learning rate, damping", *after, "CPU s / epoch", "diverged"], rows)
 
 
 def chapter(number: int) -> Callable[[str], bool]:
@@ -334,6 +367,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "reported-measured": lambda: _reported(True),
     "reported-unmeasured": lambda: _reported(False),
     "published": _published,
+    "long-runs": _long_runs,
     "modules": _modules,
 }
 """{name of the directive's argument: the table}"""
