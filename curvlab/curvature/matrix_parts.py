@@ -236,7 +236,7 @@ class WithDiagonal(BlockDefaults):
         if self.part is None:
             return None, value.flatten()
         if not self.block.biased:
-            return (value if value.ndim == 2 else value.flatten(1)), None
+            return value if value.ndim == 2 else value.flatten(1), None
         return value[:, :-1], value[:, -1]
 
     def _invert_rest(self, damping: float) -> None:
