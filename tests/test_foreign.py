@@ -224,6 +224,36 @@ def test_alone_and_in_company() -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+class WritesOver(torch.optim.Optimizer):
+    """Coupled decay, written into the gradient, as some have it."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 10.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.add_(p, alpha=group["weight_decay"])
+                    p.add_(p.grad, alpha=-group["lr"])
+
+
+def test_who_writes_over_its_gradient_leaves_the_others_theirs() -> None:
+    objective = cl.Objective(network(torch.float64), cl.likelihoods.Categorical())
+    x, y = batches(1, dtype=torch.float64)[0]
+    members = [descent(cl.foreign(WritesOver), objective) for _ in range(2)]
+    seen = objective.closure(x, y).observe(members[0].needs)
+    before = {name: g.clone() for name, g in seen.gradients.items()}
+    first, second = (member.direction(seen) for member in members)
+    for block in objective.blocks:
+        g, name = before[block.name], block.name
+        weights = block.gather({n: p.detach() for n, p in objective.parameters.items()})
+        assert torch.equal(seen.gradients[name], g)
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], g + 10 * weights, rtol=1e-9, atol=1e-12)
+
+
 def test_the_decay_is_apart() -> None:
     objective = cl.Objective(network(torch.float64), cl.likelihoods.Categorical())
     x, y = batches(1, dtype=torch.float64)[0]

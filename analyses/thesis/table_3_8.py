@@ -6,7 +6,7 @@ The document's values with one of them off are not published: here K-BFGS's own 
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Comparison, Reported, load_script, main
+from curvlab.reproduction import AUTOENCODERS, Claim, Comparison, Reported, load_script, main
 
 CHAPTER_3 = load_script("figure-3.1")
 ON, OFF = (CHAPTER_3.methods[label] for label in ("K-BFGS", "K-BFGS-20"))
@@ -32,6 +32,7 @@ FIGURE: Comparison = replace(
     ),
     problems=list(LOSSES),
     methods=METHODS,
+    cpu=replace(AUTOENCODERS, seeds=3),
     reported=Reported(
         {problem: dict(zip(METHODS, losses, strict=True)) for problem, losses in LOSSES.items()}
     ),

@@ -132,7 +132,8 @@ class Shadow(CurvatureDefaults):
                 clone = self.clones.get(name)
                 if clone is not None:
                     clone.copy_(p)
-                    clone.grad = given[name].to(clone.dtype) if p.requires_grad else None
+                    # a copy: coupled decay and clipping write over it, and others read it too
+                    clone.grad = given[name].to(clone.dtype, copy=True) if p.requires_grad else None
         first = self.parts[0].lr
         rate = first if self.rate is None else self.rate
         for optimizer, own in zip(self.optimizers, self._own_rates, strict=True):
