@@ -2,7 +2,7 @@
 
 A pre-hook keeps the weights before a step, a post-hook looks back at it (`watched_step`). Of steps
 that are not sampled nothing is kept. The minibatches are those that the loop was handed since the
-last step; their inputs are taken as the model was given them.
+last step; their inputs are copied as the model was given them, since loops write over theirs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from curvlab.errors import CurvlabError, warn
 from curvlab.logs.log import Log
 from curvlab.system import random_state
 from curvlab.system.lock import exclusive_lock
-from curvlab.watched_loop import ForwardHook, called_with, closure_in, rate_in
+from curvlab.watched_loop import ForwardHook, called_with, closure_in, copied, rate_in
 from curvlab.watched_step import Looker, SeenBatch, Taken
 
 Take = Callable[[Any], tuple[Any, Any]]
@@ -229,7 +229,8 @@ class Watcher:
         if len(self._handed) > 1:
             self._forget_skipped(self._handed[:-1])
         x = last.x if last.final else called_with(args, named, labels, last.x)
-        last.x, last.called, last.chance, last.cast = x, True, self._chance(), around()
+        last.x, last.y = copied(x), copied(last.y)
+        last.called, last.chance, last.cast = True, self._chance(), around()
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], named: dict[str, Any]

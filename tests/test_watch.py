@@ -462,6 +462,45 @@ def test_a_loop_may_reshape_its_inputs_and_copy_its_model() -> None:
     assert len(seen(data)) == 2
 
 
+class OneBuffer:
+    """Minibatches in one and the same tensors, as of a loader that fills pinned memory."""
+
+    def __init__(self, data: Loader) -> None:
+        self.data = list(data)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = (torch.empty_like(t) for t in self.data[0])
+        for new in self.data:
+            yield x.copy_(new[0]), y.copy_(new[1])
+
+
+@pytest.mark.parametrize("handed", [False, True])
+def test_a_loop_may_write_over_its_minibatches(handed: bool) -> None:
+    """A step over two minibatches in one buffer, whose inputs are gone before it is taken."""
+
+    def logged(data: Any, over: bool) -> Any:
+        model = plain()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with cl.watch(model, cl.likelihoods.Categorical(), optimizer, algorithms=["kfac"]) as seen:
+            for i, (x, y) in enumerate(data if handed else seen(data)):
+                with seen.batch(x, y) if handed else nullcontext():
+                    (loss_of(model, x, y) / 2).backward()
+                if over:
+                    x.zero_()
+                    y.zero_()
+                if i % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return seen.dataset
+
+    wanted = logged(list(minibatches(4)), over=False)
+    found = logged(OneBuffer(minibatches(4)), over=True)
+    assert wanted.sizes["step"] == 2
+    for name in ("cosine", "optimizer_gradient_cosine", "optimizer_gradient_norm"):
+        np.testing.assert_array_equal(found[name], wanted[name])
+    assert float(found["optimizer_gradient_cosine"].min()) > 1 - 1e-6
+
+
 def test_our_own_optimizers_and_wrapped_models_are_watched_too() -> None:
     net = plain()
     objective = cl.Objective(net, cl.likelihoods.Categorical())
