@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from curvlab.likelihoods.base import (
     sample_of,
 )
 from curvlab.looks import Looks
-from curvlab.nests import Batched, Nest, as_nest
+from curvlab.nests import Nest, as_nest, copied
 from curvlab.observation import PASSES, Observation, Stream
 from curvlab.output_law import Law, law_of, refusal
 from curvlab.sent_vectors import guard_pass, pass_of_vectors
@@ -40,6 +40,8 @@ from curvlab.units import ByPlace
 
 if TYPE_CHECKING:
     from curvlab.objective import Objective
+
+_Batched = TypeVar("_Batched", Tensor, Nest)
 
 
 class Closure(Looks):
@@ -81,17 +83,11 @@ class Closure(Looks):
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
         self._y = y  # checked where it lies, before it moves
         self._factor, self.is_part = factor, factor is not None
-        self._checked = False
+        self._checked = self._kept = False
         with derivatives():
             self.x, self.y = self._moved(x, objective.input_dtype), self._moved(y, objective.dtype)
 
-    @overload
-    def _moved(self, t: Tensor, dtype: torch.dtype | None) -> Tensor: ...
-
-    @overload
-    def _moved(self, t: Nest, dtype: torch.dtype | None) -> Nest: ...
-
-    def _moved(self, t: Batched, dtype: torch.dtype | None) -> Batched:
+    def _moved(self, t: _Batched, dtype: torch.dtype | None) -> _Batched:
         if isinstance(t, Nest):
             return t.map(lambda t: self._moved(t, dtype), others=True)
         device = self.objective.device
@@ -130,6 +126,13 @@ class Closure(Looks):
         return Closure(
             self.objective, x, y, self.number, self.stream, self.part, factor=self.factor
         )
+
+    def keep(self) -> Closure:
+        """Return this minibatch with data of its own, for after the step: loaders reuse theirs."""
+        if not self._kept:
+            self.x, self.y, self._kept = copied(self.x), copied(self.y), True
+            self._y = self.y if self._checked else copied(self._y)
+        return self
 
     def loss_of(self, z: Tensor, y: Tensor, *, drawn: bool = False) -> Tensor:
         """Return the loss of each example at outputs and labels, times `factor`.
@@ -375,7 +378,7 @@ class Closure(Looks):
         )
 
 
-def _check_inputs(x: Batched) -> None:
+def _check_inputs(x: Tensor | Nest) -> None:
     if isinstance(x, Nest):
         x.check_finite()
         return

@@ -165,6 +165,16 @@ def plain(value: Batched) -> Any:
     return value.tree if isinstance(value, Nest) else value
 
 
+def copied(value: Any) -> Any:
+    """Return the same with tensors of its own, which stay as they are: loaders write over theirs.
+
+    It may be a tensor, a nest, or what a nest can be made of; all else is not copied.
+    """
+    if isinstance(value, Nest):
+        return value.map(lambda t: t.detach().clone(), others=True)
+    return _rebuilt(value, {path: t.detach().clone() for path, t in _leaves(value)})
+
+
 def joined(minibatches: Sequence[Batched]) -> Batched:
     """Return the examples of several minibatches of one form as one, in their order.
 

@@ -21,6 +21,7 @@ from curvlab.comparison_settings import CompareSettings as CompareSettings
 from curvlab.errors import MOST_STEPS, CurvlabError, several, whole
 from curvlab.logs.log import Log
 from curvlab.logs.reading import late_cosine
+from curvlab.nests import copied
 from curvlab.objective import Objective
 from curvlab.optim import Batch
 from curvlab.published import FIGURE_4_1 as FIGURE_4_1
@@ -167,7 +168,8 @@ def compare(
         nullcontext() if log.path is None else exclusive_lock(log.path),
         progress_bar(console, shown) as bar,
     ):
-        every = itertools.chain([first], iterator)
+        # a copy: the warm start goes through the data, which may fill the same tensors
+        every = itertools.chain([copied(first)], iterator)
         course = Course(every, steps, warm, size, objective.seed)
         compare_one(objective, settings, course, log, bar)
     return Run(log)

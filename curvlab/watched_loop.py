@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from curvlab.errors import CurvlabError, shown
 from curvlab.objective import Objective
@@ -100,20 +100,6 @@ def called_with(args: Sequence[Any], named: Mapping[str, Any], labels: str | int
     if args and not rest:
         return args[0] if len(args) == 1 else tuple(args)
     return rest if rest and not args else x
-
-
-def copied(value: Any) -> Any:
-    """Return inputs or targets that stay as they are: loaders and loops write over theirs.
-
-    Tensors in mappings, lists and tuples are copied; what else there is, is not.
-    """
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: copied(part) for key, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(copied, value))
-    return type(value)(map(copied, value)) if type(value) in (list, tuple) else value
 
 
 class ForwardHook:

@@ -24,9 +24,10 @@ from curvlab.curvature.shadow import decoupled
 from curvlab.derivatives import around
 from curvlab.errors import CurvlabError, warn
 from curvlab.logs.log import Log
+from curvlab.nests import copied
 from curvlab.system import random_state
 from curvlab.system.lock import exclusive_lock
-from curvlab.watched_loop import ForwardHook, called_with, closure_in, copied, rate_in
+from curvlab.watched_loop import ForwardHook, called_with, closure_in, rate_in
 from curvlab.watched_step import Looker, SeenBatch, Taken
 
 Take = Callable[[Any], tuple[Any, Any]]

@@ -334,7 +334,7 @@ class BlockDiagonal(CurvatureDefaults):
             self._settle()
             self.warmed = True
             if self.averaging.kind == "data":
-                closure = observation.closure
+                closure = observation.closure.keep()
                 self.shown.append([plain(closure.x), plain(closure.y)])
 
     @precise()

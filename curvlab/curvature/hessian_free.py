@@ -139,7 +139,7 @@ class HessianFree(MinibatchProducts):
         """Linearise at the N₂ examples where the schedule says so."""
         super().update(observation)
         self.trial, self.start = (
-            observation.closure,
+            observation.closure.keep(),
             None if self.solution is None else self.reuse * self.solution,
         )
 

@@ -67,7 +67,7 @@ class MinibatchProducts(WholeVectorCurvature):
         step = self.steps + 1
         if self.cadence.updates(step):
             check_independence(self.objective)
-            self.minibatch = self.chosen(observation.closure)
+            self.minibatch = self.chosen(observation.closure).keep()
             self.at = self.layout.flatten(
                 {name: p.detach() for name, p in self.objective.parameters.items()}
             ).to(self.objective.dtype)
