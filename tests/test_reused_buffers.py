@@ -35,7 +35,7 @@ class OneBuffer:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for new in self.data:
-            yield tuple(t.copy_(own) for t, own in zip(self.buffers, new, strict=True))  # type: ignore[misc]  # a pair
+            yield tuple(t.copy_(own) for t, own in zip(self.buffers, new, strict=True))
         for t in self.buffers:
             t.zero_()
 
