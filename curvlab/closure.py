@@ -96,8 +96,10 @@ class Closure(Looks):
         if dtype is not None and t.is_floating_point():
             t = t.to(dtype=dtype)
         waits = t.device == device or device.type != "cuda" or t.layout != torch.strided
-        # from pinned memory nobody waits
-        return t.to(device) if waits else t.pin_memory().to(device, non_blocking=True)
+        if waits:
+            return t.to(device)
+        # nobody waits for pinned memory: a copy, since a loader may fill its own again meanwhile
+        return torch.empty_like(t, pin_memory=True).copy_(t).to(device, non_blocking=True)
 
     def _loss(self, z: Tensor) -> Tensor:
         return self._losses(z).mean()

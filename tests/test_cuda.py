@@ -101,3 +101,16 @@ def test_spectrum() -> None:
         ds = cl.spectrum(p.objective(), p.x, p.y, ("hessian", "ggn"), blocks=["all", "whole"])
         found.append(torch.as_tensor(ds["eigenvalue"].values))
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_minibatch_may_be_filled_again_at_once(pinned: bool) -> None:
+    """While it is still on its way to the device, behind work that takes some time."""
+    p = on_gpu()
+    x, y = (t.cpu().pin_memory() if pinned else t.cpu().clone() for t in (p.x, p.y))
+    busy = torch.randn(4096, 4096, device="cuda")
+    for _ in range(20):
+        busy = busy @ busy / busy.norm()
+    closure = p.objective().closure(x, y)
+    x.zero_()
+    assert torch.equal(closure.x, p.x)
