@@ -60,13 +60,19 @@ class Looks(Independence):
         model = self.objective.model
         way = differentiable(heard is not None) if self.stream == "exact" else nullcontext()
         try:
-            with eager(), surrounding(), way, nullcontext() if heard is None else heard:
+            with (
+                self.objective.expendable.handed(x, model.training) as given,
+                eager(),
+                surrounding(),
+                way,
+                nullcontext() if heard is None else heard,
+            ):
                 if buffers is not None:
-                    out = called(model, buffers, x)
-                elif isinstance(x, Tensor):
-                    out = model(x)
+                    out = called(model, buffers, given)
+                elif isinstance(given, Tensor):
+                    out = model(given)
                 else:
-                    by_place, by_name = call_arguments(x)
+                    by_place, by_name = call_arguments(given)
                     out = model(*by_place, **by_name)
                 z: Any = self.objective.picked(out)
         except TypeError as error:

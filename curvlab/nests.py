@@ -175,6 +175,11 @@ def copied(value: Any) -> Any:
     return _rebuilt(value, {path: t.detach().clone() for path, t in _leaves(value)})
 
 
+def times_written(x: Any) -> list[int]:
+    """Return how often each tensor of a structure was written to, by what torch counts."""
+    return [0 if t.is_inference() else t._version for _, t in _leaves(x)]
+
+
 def joined(minibatches: Sequence[Batched]) -> Batched:
     """Return the examples of several minibatches of one form as one, in their order.
 

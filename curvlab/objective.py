@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from curvlab.closure import Closure
 from curvlab.errors import CurvlabError, real, shown, unknown, warn, whole
+from curvlab.expendable import Expendable
 from curvlab.forms import Form, Report
 from curvlab.interface import Interface, Mask, Outputs
 from curvlab.layers import Block, Layout, blocks
@@ -112,6 +113,7 @@ class Objective:
         self.functional: dict[Hashable, bool] = {}  # whether torch.func sees what autograd sees
         self.glimpses: dict[Hashable, Form] = {}  # of two examples, for sizes alone
         self.laws: dict[Hashable, Law] = {}
+        self.expendable = Expendable()
         self.quiet: dict[Hashable, int] = {}  # forms, and their traces, that draw no random number
         self.steady: dict[
             Hashable, float

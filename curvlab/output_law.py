@@ -32,6 +32,7 @@ from curvlab.likelihoods import (
     root_of,
     sample_of,
 )
+from curvlab.nests import copied, times_written
 from curvlab.output_hessian import (
     OutputLoss,
     check_convex,
@@ -65,7 +66,7 @@ def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Any) -> Law:
 
     Raises:
         CurvlabError: losses that are not one number an example, or that depend on other examples or
-            on chance.
+            on chance; a loss that writes over outputs or targets.
     """
     if isinstance(likelihood, Heads):
         parts = likelihood.split(z).items()
@@ -79,6 +80,7 @@ def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Any) -> Law:
         if z.numel() > 4 * _NUMBERS:
             some = _evenly(len(z), max(2, 4 * _NUMBERS // z[0].numel()), z.device)
             z, y = z[some], y[some]
+        _check_unwritten(likelihood, z, y)
         try:
             return _Examined(likelihood, detached(z), detached(y)).law()
         except RuntimeError as error:
@@ -103,6 +105,21 @@ def _apart(z: Tensor) -> Iterator[None]:
     devices = [z.device] if z.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+def _check_unwritten(likelihood: Likelihood, z: Tensor, y: Any) -> None:
+    """Raise CurvlabError where a loss writes over what it is given, which others read again."""
+    name = type(likelihood).__name__
+    z, y = copied(z), copied(y)
+    before = times_written(z), times_written(y)
+    likelihood.loss(z, y)
+    for what, given, seen in zip("zy", (z, y), before, strict=True):
+        if times_written(given) != seen:
+            told = {"z": "outputs", "y": "targets"}[what]
+            raise CurvlabError(
+                f"the loss of {name} writes over its {told}: write {what} = {what} * 0.9 instead of"
+                f" {what}.mul_(0.9), or let it begin with {what} = {what}.clone()"
+            )
 
 
 def _evenly(n: int, count: int, device: torch.device) -> Tensor:

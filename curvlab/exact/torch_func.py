@@ -29,6 +29,7 @@ from curvlab.exact.sight import sees, sees_twice
 from curvlab.exact.transforms import FixedRows, Repeated, Weights, along, mapped, transposed
 from curvlab.exact.transforms import second_derivative as second
 from curvlab.layers import Layout
+from curvlab.nests import copied
 from curvlab.strangers import called, eager, mixes
 from curvlab.units import ByPlace
 
@@ -73,6 +74,7 @@ class Function:
     def _called(self, weights: Weights, x: Tensor) -> Float[Tensor, "N *C"]:
         # where BatchNorm may write on them
         fixed = {name: self._state[name].clone() for name in self._buffers}
+        x = copied(x) if self.closure.objective.expendable.writes else x
         with differentiable(heard=True), eager(), surrounding(), FixedRows():
             out = called(self.closure.objective.model, self._state | fixed | weights, x)
             z: Tensor = self.closure.objective.picked(out)
