@@ -98,6 +98,7 @@ class Descent:
             Diverged: the numbers of the method left the finite range, whatever error that has led
                 to. Momentum is as it was.
         """
+        self.ownership.check_kind()
         held = self.momentum.held
         try:
             p = self._direction(observation, decay)

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from curvlab.curvature.base import check_damping
@@ -103,6 +104,7 @@ class Ownership:
         self.objective = objective
         self.ids: frozenset[int] = frozenset()
         """Ids of the parameters of the blocks, as of the last `check`."""
+        self._kind: tuple[torch.dtype, torch.device] | None = None
         self._held: Sequence[nn.Parameter] = ()  # so that no id is given again
         self._seen: list[tuple[int, bool]] = []
         self._modules: list[nn.Module] = []
@@ -138,6 +140,17 @@ class Ownership:
                 " optimizer of it"
             )
         self.ids, self._held, self._seen, self._children = ids, held, seen, children
+
+    def check_kind(self) -> None:
+        """Raise CurvlabError where dtype or device are not those of the first call."""
+        now = self.objective.dtype, self.objective.device
+        self._kind = self._kind or now
+        if self._kind != now:
+            old, new = (f"{str(t).removeprefix('torch.')} on {d}" for t, d in (self._kind, now))
+            raise CurvlabError(
+                f"the model is {new} now, but was {old} at this optimizer's first step: make the"
+                " optimizer again after model.double() or model.to(…)"
+            )
 
     def _look(self) -> tuple[list[nn.Parameter], list[nn.Module | None]]:
         """Return parameters and children of all modules that were there at the last check."""

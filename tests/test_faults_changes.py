@@ -300,3 +300,22 @@ def test_a_norm_that_is_frozen_in_eval_mode_stays_so_while_training() -> None:
     )
     assert torch.equal(model[1].running_mean, before)
     assert [m.training for m in model] == [True, False, True]
+
+
+@pytest.mark.parametrize("algorithm", MOVERS)
+def test_a_model_of_another_dtype_wants_another_optimizer(algorithm: str) -> None:
+    model: Any = net()
+    x, y = data()
+    o = cl.Objective(model, Categorical())
+    optimizer = cl.optimizer(algorithm, o, lr=0.1, damping=0.1)
+    old, new = next(model.parameters()).dtype, torch.float32
+    assert old == torch.float64
+    optimizer.step(o.closure(x, y))
+    model.to(new)
+    before = [p.clone() for p in model.parameters()]
+    line = refusal(lambda: optimizer.step(o.closure(x, y)))
+    assert line.startswith("the model is float32 on cpu now, but was float64 on cpu")
+    assert "make the optimizer again" in line
+    assert all(map(torch.equal, before, model.parameters()))
+    cl.optimizer(algorithm, o, lr=0.1, damping=0.1).step(o.closure(x, y))
+    assert not all(map(torch.equal, before, model.parameters()))
