@@ -17,7 +17,6 @@ from torch import Tensor
 from curvlab.capture import Capture
 from curvlab.derivatives import derivatives, precise
 from curvlab.errors import CurvlabError, Diverged, unknown
-from curvlab.finite import all_finite
 from curvlab.independence import some_rows
 from curvlab.likelihoods.base import (
     MeanFactor,
@@ -29,7 +28,7 @@ from curvlab.likelihoods.base import (
     sample_of,
 )
 from curvlab.looks import Looks
-from curvlab.nests import Nest, as_nest, copied
+from curvlab.nests import Nest, as_nest, check_inputs, copied
 from curvlab.observation import PASSES, Observation, Stream
 from curvlab.output_law import Law, law_of, refusal
 from curvlab.sent_vectors import guard_pass, pass_of_vectors
@@ -71,13 +70,13 @@ class Closure(Looks):
             x, y = objective.batch(x, y)
         if any(isinstance(t, Tensor) and not t.ndim for t in (x, y)):
             raise CurvlabError("a minibatch needs the examples as first axis; this one has no axis")
+        check_inputs(x)
         if len(x) != len(y):
             raise CurvlabError(
                 f"the minibatch has {len(x)} inputs but {len(y)} targets: they must be as many"
             )
         if len(x) == 0:
             raise CurvlabError("the minibatch is empty")
-        _check_inputs(x)
         super().__init__()
         objective.check_modules()
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
@@ -377,20 +376,6 @@ class Closure(Looks):
             where = "the outputs are finite, so the likelihood overflows"
         raise Diverged(
             f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping"
-        )
-
-
-def _check_inputs(x: Tensor | Nest) -> None:
-    if isinstance(x, Nest):
-        x.check_finite()
-        return
-    if x.is_sparse and not bool(torch.isfinite(x._values()).all()):
-        raise CurvlabError("the inputs contain NaN or Inf: clean the data first")
-    if x.is_floating_point() and not all_finite(x):
-        bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
-        raise CurvlabError(
-            f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean"
-            " the data first"
         )
 
 

@@ -201,6 +201,26 @@ def joined(minibatches: Sequence[Batched]) -> Batched:
     return Nest._like(first, leaves, first.others)
 
 
+def check_inputs(x: Batched) -> None:
+    """Raise CurvlabError where inputs contain NaN or Inf, or are nested in the older layout."""
+    if isinstance(x, Nest):
+        x.check_finite()
+        return
+    if x.is_nested and x.layout == torch.strided:
+        raise CurvlabError(
+            "nested tensors of the strided layout have no shape to look at: make them with"
+            " layout=torch.jagged, or pad them"
+        )
+    if x.is_sparse and not bool(torch.isfinite(x._values()).all()):
+        raise CurvlabError("the inputs contain NaN or Inf: clean the data first")
+    if x.is_floating_point() and not all_finite(x):
+        bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
+        raise CurvlabError(
+            f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean"
+            " the data first"
+        )
+
+
 def described(x: Batched) -> str:
     """Return the shape of a tensor; the shapes of a nest's tensors, by name."""
     if isinstance(x, Tensor):

@@ -16,6 +16,7 @@ from curvlab.forms import Form, Report
 from curvlab.interface import Interface, Mask, Outputs
 from curvlab.layers import Block, Layout, blocks
 from curvlab.likelihoods import LIKELIHOODS, Likelihood
+from curvlab.likelihoods.base import trainable_in
 from curvlab.nests import Batched, as_nest, is_nest
 from curvlab.observation import STREAMS, Stream
 from curvlab.output_law import Law
@@ -78,6 +79,12 @@ class Objective:
                 "likelihood",
                 likelihood,
                 (f"curvlab.likelihoods.{c.__name__}()" for c in LIKELIHOODS.values()),
+            )
+        own = ", ".join(trainable_in(likelihood))
+        if own:
+            warn(
+                f"the likelihood has trainable tensors of its own ({own}), which are no parameters"
+                " of the model: they stand still; let the model's outputs carry them"
             )
         seed, l2 = whole("the seed", seed, 0), real("the L2 term", l2)
         model = original(model)

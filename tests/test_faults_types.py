@@ -382,3 +382,54 @@ def test_complex_weights_by_the_oracle(first: bool) -> None:
         return
     assert not found.is_complex()
     assert bool((found >= 0).all())
+
+
+def test_nested_tensors_of_the_older_layout_are_one_line() -> None:
+    x = torch.nested.nested_tensor([numbers(n, 4) for n in (2, 3)])
+    o = cl.Objective(nn.Linear(4, 3).double(), cl.likelihoods.Categorical())
+    with pytest.raises(CurvlabError, match=r"layout=torch\.jagged, or pad them$"):
+        o.closure(x, tokens(2, high=3))
+
+
+def test_jagged_tensors_are_right() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.stack([h.mean(0) for h in torch.tanh(self.a(x)).unbind()]))
+
+    net, y = Mean(), tokens(3, high=3)
+    x = torch.nested.nested_tensor([numbers(n, 4) for n in (2, 4, 3)], layout=torch.jagged)
+    o = cl.Objective(net, cl.likelihoods.Categorical())
+    found = o.closure(x, y).observe("gradient").gradients
+    nn.functional.cross_entropy(net(x), y).backward()
+    for block in o.blocks:
+        for name, g in block.scatter(found[block.name]).items():
+            torch.testing.assert_close(g, net.get_parameter(name).grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_likelihoods_own_parameters_stand_still_and_that_is_said() -> None:
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_t = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def check(self, z: Tensor, y: Any) -> None: ...
+
+        def loss(self, z: Tensor, y: Any) -> Tensor:
+            return nn.functional.cross_entropy(z * self.log_t.exp(), y, reduction="none")
+
+        def root(self, z: Tensor) -> Tensor:
+            return cl.likelihoods.Categorical().root(z * self.log_t.exp()) * self.log_t.exp()
+
+        def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+            return cl.likelihoods.Categorical().sample(z * self.log_t.exp(), generator)
+
+    for likelihood, name in (
+        (Tempered(), "log_t"),
+        (cl.likelihoods.Heads({"one": Tempered()}), "one.log_t"),
+    ):
+        with pytest.warns(cl.CurvlabWarning, match=rf"of its own \({name}\).* stand still"):
+            cl.Objective(nn.Linear(4, 3).double(), likelihood)

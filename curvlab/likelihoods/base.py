@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError
 
@@ -197,6 +197,16 @@ class Counted:
         if list(self.sums) in ([], [""]):
             return ratio(examples, self.sums.get("", 0.0))
         return {name: ratio(examples, number, name) for name, number in self.sums.items()}
+
+
+def trainable_in(likelihood: Any) -> list[str]:
+    """Return the names of a likelihood's own tensors that require a gradient; of heads all."""
+    heads = getattr(likelihood, "heads", None)
+    if isinstance(heads, Mapping):
+        return [f"{name}.{own}" for name, head in heads.items() for own in trainable_in(head)]
+    named = likelihood.named_parameters() if isinstance(likelihood, nn.Module) else ()
+    every = [*getattr(likelihood, "__dict__", {}).items(), *named]
+    return list(dict.fromkeys(n for n, t in every if isinstance(t, Tensor) and t.requires_grad))
 
 
 def losses_of(likelihood: Any, z: Float[Tensor, "N *C"], y: Any, factor: MeanFactor) -> Tensor:
