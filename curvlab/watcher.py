@@ -173,7 +173,7 @@ class Watcher:
                 stack.callback(optimizer.register_step_pre_hook(self._before_step).remove)
                 stack.callback(optimizer.register_step_post_hook(self._after_step).remove)
             hook = self.model.register_forward_pre_hook(
-                ForwardHook(self._before_forward), with_kwargs=True
+                ForwardHook(self._before_forward), prepend=True, with_kwargs=True
             )
             stack.callback(hook.remove)
             self._opened = stack.pop_all()

@@ -683,3 +683,18 @@ def test_data_that_do_not_fit_the_likelihood_are_one_line_at_the_first_look() ->
     with pytest.raises(CurvlabError, match="target"):
         sgd_loop(model, seen, optimizer, minibatches(1))
     assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_hooks_of_the_loops_own_act_once(in_place: bool) -> None:
+    """A look calls the model, hooks and all, on what the loop has called it on."""
+
+    def shifted(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].add_(1) if in_place else args[0] + 1,)
+
+    model = plain()
+    model.register_forward_pre_hook(shifted)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = cl.watch(model, cl.likelihoods.Categorical(), optimizer, algorithms=["k-bfgs"])
+    sgd_loop(model, seen, optimizer, [(x.clone(), y) for x, y in minibatches(3)])
+    assert float(seen.dataset["optimizer_gradient_cosine"].min()) > 1 - 1e-12
