@@ -468,6 +468,14 @@ def test_claims_by_hand() -> None:
     assert verdict("time") == "does not hold: A 3 against B 3 (training loss at 3 s)".replace(
         "does not hold", "holds"
     )
+    found["B"] = result(log([9, 5, 4], seconds=2))
+    found["C"] = result(log([9, 1], seconds=3))
+    assert verdict("time", "B", "C") == ("does not hold: B 4.5 against C 1 (training loss at 3 s)")
+    found["C"] = result(log([9, 1], seconds=8))
+    assert verdict("time", "B", "C") == (
+        "holds: B 4 against C 5 (training loss at 4 s; of C between the start and the first record)"
+    )
+    del found["C"]
     found["B"] = result(log([9, 5, 4, 2]))
     assert verdict("time").startswith("does not hold: A 3 against B 2")
     assert verdict("time", within=0.5).startswith("holds")

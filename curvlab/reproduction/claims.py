@@ -85,6 +85,9 @@ class Claim:
             }, f"lowest {MEASURES[self.measure]}"
         last = min(float(r.along(self.by)[-1]) for r in found.values())
         where = f"{last:.3g} epochs" if self.by == "epoch" else f"{last:.3g} s"
+        early = [label for label, r in found.items() if r.is_early(self.by, last)]
+        if early:  # a line from the start to a first record says little of what lies between
+            where += f"; of {', '.join(early)} between the start and the first record"
         return {
             label: r.at(self.measure, self.by, last) for label, r in found.items()
         }, f"{MEASURES[self.measure]} at {where}"

@@ -79,6 +79,11 @@ class Result:
         """Return the mean at a place, epoch or seconds, by linear interpolation along the axis."""
         return float(np.interp(place, self.along(axis), self.mean(measure)))
 
+    def is_early(self, axis: str, place: float) -> bool:
+        """Return whether a place lies between the start and the first record after it."""
+        first, *later = self.along(axis)
+        return bool(later) and first < place < later[0]
+
     def told(self, measure: str, epoch: int) -> str:
         """Return a measure's mean ± standard deviation over the seeds after an epoch, in words.
 
