@@ -206,6 +206,8 @@ def check_inputs(x: Batched) -> None:
     if isinstance(x, Nest):
         x.check_finite()
         return
+    if x.is_meta:
+        raise CurvlabError("the inputs are on the meta device and have no numbers")
     if x.is_nested and x.layout == torch.strided:
         raise CurvlabError(
             "nested tensors of the strided layout have no shape to look at: make them with"
