@@ -110,7 +110,7 @@ _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 def check_model(model: nn.Module) -> None:
     """Raise CurvlabError for a model whose parameters are not all here, or have no derivatives.
 
-    It may be spread over several processes, scripted, or have lazy, meta, complex or inference tensors.
+    It may be spread over processes, scripted, or have lazy, meta, complex or inference tensors.
     """
     if not isinstance(model, nn.Module):
         raise CurvlabError(
