@@ -128,6 +128,11 @@ class Closure(Looks):
             self.objective, x, y, self.number, self.stream, self.part, factor=self.factor
         )
 
+    @property
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets."""
+        return self.x, self.y
+
     def keep(self) -> Closure:
         """Return this minibatch with data of its own, for after the step: loaders reuse theirs."""
         if not self._kept:

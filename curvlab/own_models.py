@@ -19,13 +19,14 @@ from torch import nn
 
 from curvlab.errors import CurvlabError, lookup, unknown
 from curvlab.likelihoods import LIKELIHOODS
+from curvlab.system import random_state
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Set the global generator to `seed` inside, and put it back after."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """Set the global generators, of numpy and Python too, to `seed` inside; put them back after."""
+    with random_state.kept(torch.device("cpu")):
+        random_state.seed(seed)
         yield
 
 

@@ -56,6 +56,11 @@ class SecondLooks:
         """Take it that the weights are others now, though no write to them was counted."""
         self._seen = None
 
+    def follow(self, other: SecondLooks) -> None:
+        """Look from where another minibatch's first look began, and use up no random number."""
+        self._chance, self._generators = other._chance, dict(other._generators)
+        self._buffers = other._buffers
+
     def put_back(self) -> None:
         """Set the model's own generators to what they were before the first look."""
         for generator, state in self._generators.items():

@@ -53,6 +53,7 @@ from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.parallel import ALONE, Ranks
 from curvlab.soundness import check_gradients
+from curvlab.system.random_state import kept
 
 Look = Callable[[Observation], Mapping[str, Any]]
 
@@ -212,10 +213,11 @@ class BlockDiagonal(CurvatureDefaults):
 
     def _fold_data(self, objective: Objective) -> None:
         seen, factor = 0, factor_over(objective.likelihood, (y for _, y in self.shown))
-        for x, y in self.shown:
-            closure = Closure(objective, x, y, 0, "warm", factor=factor)  # of no stream's count
-            seen += len(closure.x)
-            self._fold(closure.observe({self._pass}, move_buffers=False), len(closure.x) / seen)
+        with kept(objective.device):  # whoever draws next draws what it would have drawn
+            for x, y in self.shown:
+                closure = Closure(objective, x, y, 0, "warm", factor=factor)  # of no stream's count
+                seen += len(closure.x)
+                self._fold(closure.observe({self._pass}, move_buffers=False), len(closure.x) / seen)
 
     @precise()
     def update(self, observation: Observation) -> None:
@@ -334,8 +336,7 @@ class BlockDiagonal(CurvatureDefaults):
             self._settle()
             self.warmed = True
             if self.averaging.kind == "data":
-                closure = observation.closure.keep()
-                self.shown.append([plain(closure.x), plain(closure.y)])
+                self.shown.append([plain(t) for t in observation.closure.keep().data])
 
     @precise()
     def refresh(self) -> None:

@@ -86,11 +86,12 @@ def applied(layout: Layout, operator: Operator, grads: Mapping[str, Tensor]) -> 
 def part(closure: Closure, indices: Int[Tensor, " n"]) -> Closure:
     """Return some examples of a minibatch, with the number of the whole.
 
-    So they have the generator of labels of the whole too.
+    So they have the generator of labels of the whole too; and its chance, where the model draws
+    random numbers, though not for each example the same: nobody after it is to draw others.
     """
     x = closure.x.index_select(0, indices)
     x = x.coalesce() if x.is_sparse else x
-    return Closure(
+    found = Closure(
         closure.objective,
         x,
         closure.y[indices],
@@ -99,6 +100,8 @@ def part(closure: Closure, indices: Int[Tensor, " n"]) -> Closure:
         closure.part,
         closure.factor,
     )
+    found.follow(closure)
+    return found
 
 
 def pack_closure(closure: Closure | None) -> dict[str, Any] | None:

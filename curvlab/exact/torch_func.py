@@ -31,6 +31,7 @@ from curvlab.exact.transforms import second_derivative as second
 from curvlab.layers import Layout
 from curvlab.nests import copied
 from curvlab.strangers import called, eager, mixes
+from curvlab.system.random_state import kept
 from curvlab.units import ByPlace
 
 _NUMBERS = 1 << 24  # in the temporaries of one step
@@ -95,7 +96,8 @@ class Function:
         objective, names = self.closure.objective, tuple(b.name for b in self.layout.blocks)
         key = (self.closure._key(self.closure.x), names)
         if key not in objective.functional:
-            objective.functional[key] = sees(self)
+            with kept(objective.device):
+                objective.functional[key] = sees(self)
         return objective.functional[key]
 
     @cached_property
@@ -106,7 +108,8 @@ class Function:
         known = closure.objective.functional
         if key not in known:
             mixing = mixes(closure.objective.modules)
-            known[key] = mixing or sees_twice(Function(closure.some(slice(1)), self.layout))
+            with kept(closure.objective.device):
+                known[key] = mixing or sees_twice(Function(closure.some(slice(1)), self.layout))
         return known[key]
 
     def _total(self, kind: Kind) -> Callable[[Float[Tensor, "N *C"]], Tensor]:

@@ -23,6 +23,7 @@ from curvlab.curvature.base import BlockDefaults, CurvatureDefaults, with_defaul
 from curvlab.errors import CurvlabError, lookup, several, whole
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass
+from curvlab.system import random_state
 
 Numbers = NDArray[np.float64]
 ProbeRecord = dict[str, tuple[tuple[str, ...], Numbers]]
@@ -292,14 +293,13 @@ def sample(names: Sequence[str], frame: Frame, moment: Moment) -> dict[str, Samp
     """
     found: dict[str, Sample] = {}
     device = frame.now.loss.device
-    devices = [device] if device.type == "cuda" else []
     for name in names:
         one = PROBES[name]
         work = one.measure if one.moment == moment else one.prepare if moment == "before" else None
         if work is None:
             continue
         try:
-            with torch.random.fork_rng(devices=devices) if one.again else nullcontext():
+            with random_state.kept(device) if one.again else nullcontext():
                 seen = work(frame)
         except CurvlabError as error:
             raise type(error)(f"probe '{name}': {error}") from error
