@@ -33,7 +33,7 @@ class Noisy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.drop(torch.tanh(self.a(x)))
         h = h + 0.1 * torch.randn_like(h) + 0.01 * random.random()
-        return self.b(h) * (1 + 0.01 * float(np.random.rand()))  # type: ignore[no-any-return]  # noqa: NPY002
+        return self.b(h) * (1 + 0.01 * float(np.random.rand()))  # noqa: NPY002
 
 
 REFUSED = {True: ("block-hessian", "hf"), False: ("block-hessian",)}
