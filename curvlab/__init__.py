@@ -7,6 +7,7 @@ first asked for (PEP 562): the command's `--version`, `-h` and `list` need no to
 from curvlab import starting as starting  # before what takes seconds to import
 
 # isort: split
+import random as _random
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,15 @@ __all__ = [
 ]
 
 
+def _imported(name: str) -> Any:
+    """Import a part. What it imports may draw (rich does), and no later draw is to be another."""
+    before = _random.getstate()
+    try:
+        return _import_module(name)
+    finally:
+        _random.setstate(before)
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
@@ -82,9 +92,9 @@ def __getattr__(name: str) -> Any:
         found: Any = version("curvlab")
     elif name in _PLACES:
         module, _, other = _PLACES[name].partition(":")
-        found = getattr(_import_module(f"curvlab.{module}"), other or name)
+        found = getattr(_imported(f"curvlab.{module}"), other or name)
     elif name in _MODULES or f"curvlab.{name}" in _moved.MOVED:
-        found = _import_module(f"curvlab.{name}")
+        found = _imported(f"curvlab.{name}")
     else:
         raise AttributeError(f"module 'curvlab' has no attribute '{name}'")
     globals()[name] = found

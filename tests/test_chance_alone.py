@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +122,27 @@ def test_a_model_of_the_users_own_is_seeded_whatever_generator_it_draws_from(
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
     assert not random_state.drawn_since(before, torch.device("cpu"))
+
+
+FIRST = """
+import random
+import subprocess
+import sys
+import numpy as np
+import torch
+import curvlab as cl
+from curvlab.system import random_state
+model = torch.nn.Linear(3, 2)
+before = random_state.states(torch.device("cpu"))
+o = cl.Objective(model, cl.likelihoods.Categorical())
+data = [(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))]
+cl.train(o, data, data, algorithm="sgd-m", epochs=1, progress=False)
+cl.compare(o, data, algorithms=["kfac"], warm=(), progress=False)
+print(before.python == random.getstate(), random_state.drawn_since(before, torch.device("cpu")))
+"""
+
+
+def test_the_first_run_of_a_process_draws_what_later_ones_do() -> None:
+    """What is imported for it, rich among it, draws from Python's generator."""
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"], done.stderr
