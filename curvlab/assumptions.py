@@ -204,7 +204,10 @@ def quality(
         shared = any(closure.form.places[b.name] > 1 for b in chosen)
         algorithms = [*COMPARED_ALGORITHMS, *(["kfac-reduce"] if shared else [])]
     count = len(closure.x)
-    sizes = [len(part) for part in torch.arange(count).tensor_split(min(minibatches, count))]
+    sizes = [
+        len(part)
+        for part in torch.arange(count, device="cpu").tensor_split(min(minibatches, count))
+    ]
     estimates = {name: Estimate.of(name, kind, labels, sizes, chosen) for name in algorithms}
     fold_data(estimates.values(), closure, sizes, passes)
     found: dict[str, Columns] = {}

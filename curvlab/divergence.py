@@ -129,7 +129,7 @@ def _tensors(state: Any) -> Iterator[Tensor]:
     if isinstance(state, Tensor):
         yield state.detach()
     elif isinstance(state, float):
-        yield torch.tensor(state, dtype=torch.float64)
+        yield torch.tensor(state, dtype=torch.float64, device="cpu")
     elif isinstance(state, Mapping):
         yield from _all(state.values())
     elif isinstance(state, list | tuple):

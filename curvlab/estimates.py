@@ -135,8 +135,10 @@ def fold_data(
 
 def _minibatches(closure: Closure, sizes: Sequence[int], passes: int) -> Iterator[Closure]:
     """Yield minibatches shuffled from the objective's seed; every pass draws its labels anew."""
-    generator = torch.Generator().manual_seed(closure.objective.seed)
+    generator = torch.Generator("cpu").manual_seed(closure.objective.seed)
     for _ in range(passes):
-        order = torch.randperm(len(closure.x), generator=generator).to(closure.x.device)
+        order = torch.randperm(len(closure.x), generator=generator, device="cpu").to(
+            closure.x.device
+        )
         loader = [(closure.x[some], closure.y[some]) for some in torch.split(order, list(sizes))]
         yield from Minibatches.of(closure.objective, loader, None, whole=True)

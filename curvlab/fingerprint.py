@@ -51,7 +51,7 @@ def each(*data: Any) -> Int64[Tensor, " N"]:
             if found is None
             else torch.add(rows.to(found.device) + salt, found, alpha=salt)
         )
-    return torch.zeros(0, dtype=torch.int64) if found is None else mixed(found)
+    return torch.zeros(0, dtype=torch.int64, device="cpu") if found is None else mixed(found)
 
 
 def examples(*data: Any) -> Int64[Tensor, ""]:
@@ -78,7 +78,7 @@ def numbers(tensors: Iterable[Tensor]) -> Int64[Tensor, " K"]:
     return (
         torch.stack([f.to(found[0].device) for f in found])
         if found
-        else torch.zeros(0, dtype=torch.int64)
+        else torch.zeros(0, dtype=torch.int64, device="cpu")
     )
 
 

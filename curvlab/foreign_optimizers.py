@@ -118,7 +118,7 @@ class Foreign(WholeVector):
                 taken.append(name)
         if left and not taken:  # the options themselves, it may be
             try:
-                self.kind([nn.Parameter(torch.zeros(2, 2))], **options)
+                self.kind([nn.Parameter(torch.zeros(2, 2, device="cpu"))], **options)
             except Exception as error:
                 raise CurvlabError(f"options of {self.title}: {_line(error)}") from error
         return tuple(taken), tuple(left)
@@ -303,13 +303,13 @@ def _try(kind: type[torch.optim.Optimizer], name: str, options: Mapping[str, Any
             " its direction at given weights is not defined"
         )
     _check_kinds(kind, name, options)
-    weight = nn.Parameter(torch.linspace(1.0, 2.0, 12).view(4, 3))
+    weight = nn.Parameter(torch.linspace(1.0, 2.0, 12, device="cpu").view(4, 3))
     before = weight.detach().clone()
     try:
         optimizer = kind([weight], **options)
     except Exception as error:
         raise CurvlabError(f"options of {name}: {_line(error)}") from error
-    weight.grad = torch.linspace(-1.0, 1.0, 12).view(4, 3).sin()
+    weight.grad = torch.linspace(-1.0, 1.0, 12, device="cpu").view(4, 3).sin()
     try:
         optimizer.step()
     except Exception as error:

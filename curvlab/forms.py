@@ -118,9 +118,11 @@ def prove_form(capture: Capture, z: Tensor, mixing: bool) -> Form:
     # of its own, on the CPU and in double precision: the run's random numbers stay as they are, and
     # every device and dtype is tried by the same v. Weights lie within 1 and 2, so that no example
     # is lost beside the others.
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-    s = 1 + torch.rand(size, generator=generator, dtype=torch.float64).to(z)  # of each example
+    generator = torch.Generator("cpu").manual_seed(0)
+    v = torch.randn(z.shape, generator=generator, dtype=torch.float64, device="cpu").to(z)
+    s = 1 + torch.rand(size, generator=generator, dtype=torch.float64, device="cpu").to(
+        z
+    )  # of each example
     chosen = [b for b in capture.blocks if b.name in capture.arranged and capture.uses.get(b.name)]
     names = [name for b in capture.blocks for name in b.params]
     names = [name for name in names if capture.parameters[name].requires_grad]

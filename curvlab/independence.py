@@ -105,7 +105,9 @@ class Independence(SecondLooks):
         if bad is None:  # one by one, 64 of them at most
             z = self.forward()[0].detach()
             near = torch.finfo(z.dtype).eps ** 0.25
-            numbers = sorted({int(i) for i in torch.linspace(0, size - 1, min(size, 64))})
+            numbers = sorted(
+                {int(i) for i in torch.linspace(0, size - 1, min(size, 64), device="cpu")}
+            )
             alone = ((n, self._alone(n), z[n : n + 1]) for n in numbers)
             bad = [
                 n
@@ -121,13 +123,17 @@ class Independence(SecondLooks):
         They are where not ∂/∂xₘ Σₙ cₙ uₙ·zₙ = cₘ ∂/∂xₘ Σₙ uₙ·zₙ, c, u random. None where no
         derivative leads back to the inputs.
         """
-        size, generator = len(self.x), torch.Generator().manual_seed(0)
+        size, generator = len(self.x), torch.Generator("cpu").manual_seed(0)
         with derivatives():
             x = self.x.detach().clone().requires_grad_()
             try:
                 z = self._look_at(x, False)[0]
-                u = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-                c = (1 + torch.rand(size, generator=generator, dtype=torch.float64)).to(z)
+                u = torch.randn(z.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+                    z
+                )
+                c = (
+                    1 + torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
+                ).to(z)
                 sent = (u, c.view(-1, *[1] * (z.ndim - 1)) * u)
                 plain, weighted = (
                     torch.autograd.grad(z, x, v, retain_graph=True, allow_unused=True)[0]

@@ -249,4 +249,4 @@ class Layout:
 
     def places(self) -> dict[str, Tensor]:
         """Return {parameter: where its entries lie in the vector, in the parameter's own shape}."""
-        return self.unflatten(torch.arange(len(self)))
+        return self.unflatten(torch.arange(len(self), device="cpu"))

@@ -124,7 +124,12 @@ def _check_unwritten(likelihood: Likelihood, z: Tensor, y: Any) -> None:
 
 def _evenly(n: int, count: int, device: torch.device) -> Tensor:
     """Return at most `count` of n examples that lie evenly, the first and the last among them."""
-    return torch.linspace(0, n - 1, min(n, count), dtype=torch.float64).round().long().to(device)
+    return (
+        torch.linspace(0, n - 1, min(n, count), dtype=torch.float64, device="cpu")
+        .round()
+        .long()
+        .to(device)
+    )
 
 
 class _Examined:

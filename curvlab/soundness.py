@@ -37,7 +37,9 @@ class Soundness:
     def __init__(self, device: torch.device) -> None:
         self.late = device.type != "cpu"
         self.flag = torch.ones((), dtype=torch.bool, device=device)
-        self._copy = torch.ones((), dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._copy = torch.ones(
+            (), dtype=torch.bool, device="cpu", pin_memory=device.type == "cuda"
+        )
 
     def note(self, numbers: Tensor) -> None:
         """Record whether `numbers` are all finite.

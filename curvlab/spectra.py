@@ -262,7 +262,7 @@ class Plan:
             return of_matrix(matrix)
         place = [*(b.name for b in fresh.blocks), WHOLE].index(block)
         state = int(np.random.SeedSequence([objective.seed, place]).generate_state(1, np.uint64)[0])
-        generator = torch.Generator().manual_seed(state >> 1)
+        generator = torch.Generator("cpu").manual_seed(state >> 1)
         product = exact.product(fresh, x, y, kind, name)
         return of_products(product, fresh.dtype, self.draws, self.steps, generator)  # type: ignore[arg-type]  # no pair, so a Product
 

@@ -375,7 +375,7 @@ class SkqnB(KeptFactors):
             return U, V
         self.draws += 1
         state = int(np.random.SeedSequence([self.seed, self.draws]).generate_state(1, np.uint64)[0])
-        generator = torch.Generator().manual_seed(state >> 1)
+        generator = torch.Generator("cpu").manual_seed(state >> 1)
         sketch = gaussian_sketch(m, self.columns, generator, U.dtype, torch.device("cpu")).to(
             U.device
         )

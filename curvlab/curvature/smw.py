@@ -192,7 +192,9 @@ class Smw(WholeVectorCurvature):
 
     def _rows(self, observation: Observation) -> RowMatrix:
         closure, size = observation.closure, self.curvature_size
-        chosen = torch.arange(observation.size) if size is None else subset(closure, size)
+        chosen = (
+            torch.arange(observation.size, device="cpu") if size is None else subset(closure, size)
+        )
         if self.labels == "exact" and size is not None:
             statistics = (
                 part(closure, chosen).observe({"exact"}, move_buffers=False).passes["exact"]

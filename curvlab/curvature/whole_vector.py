@@ -132,7 +132,7 @@ def subset(closure: Closure, size: int) -> Int[Tensor, " n"]:
     seed = objective.generator(
         closure.number, closure.stream, _OF_SUBSETS + closure.part
     ).initial_seed()
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     return order[:size].sort().values.to(closure.x.device)
 
 

@@ -191,7 +191,7 @@ class Batches:
         They are a function of (seed, number) alone.
         """
         data = self.data
-        order = torch.randperm(len(data), generator=generator(self.seed, number))
+        order = torch.randperm(len(data), generator=generator(self.seed, number), device="cpu")
         for i in range(start, self.per_epoch):
             chosen = order[i * self.size : (i + 1) * self.size]
             x = data.x[chosen]
@@ -208,6 +208,6 @@ class Batches:
 
 def generator(*entropy: int) -> torch.Generator:
     """Return a generator that is a function of these numbers alone."""
-    return torch.Generator().manual_seed(
+    return torch.Generator("cpu").manual_seed(
         int(np.random.SeedSequence(list(entropy)).generate_state(1)[0])
     )

@@ -134,17 +134,22 @@ class CropAndFlip:
         """Return the images cropped and mirrored, all that is random from the generator."""
         n, c, h, w = x.shape
         p = self.padding
-        top, left = torch.randint(0, 2 * p + 1, (2, n, 1), generator=generator)
-        mirrored = torch.rand(n, 1, generator=generator) < 0.5
+        top, left = torch.randint(0, 2 * p + 1, (2, n, 1), generator=generator, device="cpu")
+        mirrored = torch.rand(n, 1, generator=generator, device="cpu") < 0.5
         framed = (
-            torch.tensor(self.fill, dtype=x.dtype)
+            torch.tensor(self.fill, dtype=x.dtype, device=x.device)
             .reshape(1, -1, 1, 1)
             .repeat(n, c // len(self.fill), h + 2 * p, w + 2 * p)
         )
         framed[:, :, p : p + h, p : p + w] = x
-        rows, columns = top + torch.arange(h), left + torch.arange(w)
+        rows, columns = (
+            first + torch.arange(size, device="cpu") for first, size in ((top, h), (left, w))
+        )
         columns = torch.where(mirrored, columns.flip(1), columns)
-        image, channel = torch.arange(n)[:, None, None, None], torch.arange(c)[None, :, None, None]
+        image, channel = (
+            torch.arange(n, device="cpu")[:, None, None, None],
+            torch.arange(c, device="cpu")[None, :, None, None],
+        )
         return framed[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
@@ -241,8 +246,8 @@ def _cifar_dataset(name: str, kind: Cifar, arrays: Arrays) -> tuple[Dataset, Dat
     ]
     moments = [torch.var_mean(train[:, c].double(), correction=0) for c in range(3)]
     mean, scale = (
-        torch.tensor([float(m) for _, m in moments]),
-        torch.tensor([float(v) ** 0.5 for v, _ in moments]),
+        torch.tensor([float(m) for _, m in moments], device="cpu"),
+        torch.tensor([float(v) ** 0.5 for v, _ in moments], device="cpu"),
     )
     for x in (train, test):
         x.sub_(mean[:, None, None]).div_(scale[:, None, None])

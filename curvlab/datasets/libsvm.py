@@ -137,7 +137,9 @@ def webspam() -> tuple[Dataset, Dataset]:
     """
     x, y = _read(file(WEBSPAM), 254, 350_000)
     dense = torch.from_numpy(x.toarray())
-    order = torch.randperm(len(dense), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(
+        len(dense), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+    )
     train, test = standardised(dense[order[:300_000]], dense[order[300_000:]])
     description = (
         "webspam, normalised unigrams: 254 features at mean 0 and variance 1 over the training"

@@ -189,7 +189,7 @@ def faces(seed: int = 0) -> tuple[Dataset, Dataset]:
 
     images = torch.from_numpy(cached(f"faces-{RECIPE}-seed-{seed}", make)).flatten(1)
     person = len(images) // 40
-    mean, square = torch.zeros(2, images.shape[1], dtype=torch.float64)
+    mean, square = torch.zeros(2, images.shape[1], dtype=torch.float64, device="cpu")
     for chunk in images.reshape(40, person, -1):
         mean += chunk.double().sum(0) / len(images)
         square += chunk.double().square().sum(0) / len(images)

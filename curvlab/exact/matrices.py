@@ -299,13 +299,10 @@ def _add_general(
     scale: float,
 ) -> None:
     function = look.function(layout)
-    top = torch.cat([torch.arange(len(layout))[layout.slices[b.name]] for b in rows]).to(
-        matrix.device
-    )
+    numbers = torch.arange(len(layout), device="cpu")
+    top = torch.cat([numbers[layout.slices[b.name]] for b in rows]).to(matrix.device)
     if look.kind in PASS_OF_KIND:
-        left = torch.cat([torch.arange(len(layout))[layout.slices[b.name]] for b in columns]).to(
-            matrix.device
-        )
+        left = torch.cat([numbers[layout.slices[b.name]] for b in columns]).to(matrix.device)
         for r, s in function.rows(look.kind, look.draws):
             matrix.addmm_(r[:, top].mT, s[:, left], alpha=scale)
         return

@@ -117,9 +117,9 @@ def occurring(
             function = look.function(Layout((chosen,)))
             product = function.product(kind, draws)
             matrix = whole_of(sums, chosen.name, len(entries), function.at, old)
-            for part in torch.split(torch.arange(len(entries)), _COLUMNS):
+            for part in torch.split(torch.arange(len(entries), device="cpu"), _COLUMNS):
                 units = function.at.new_zeros(len(part), len(function.at))
-                units[torch.arange(len(part)), entries[part]] = 1
+                units[torch.arange(len(part), device="cpu"), entries[part]] = 1
                 matrix[:, part].add_(product(units)[:, entries].mT, alpha=new)
         seen += size
     if not len(symbols):
@@ -167,7 +167,9 @@ def _hot(part: Part, symbols: Int[Tensor, " S"]) -> Float[Tensor, "N T S"]:
     rule, call, inputs = part.own
     assert rule.response is not None
     number = torch.zeros(len(call.weight), dtype=torch.float64, device=symbols.device)
-    number[symbols] = torch.arange(1.0, len(symbols) + 1, dtype=torch.float64).to(symbols.device)
+    number[symbols] = torch.arange(
+        1.0, len(symbols) + 1, dtype=torch.float64, device=symbols.device
+    )
     where = rule.response(call, inputs.raw, number).long()
     hot = F.one_hot(where, len(symbols) + 1)[..., 1:].to(inputs.dtype)
     return ARRANGEMENTS[inputs.how](hot, 0, inputs.size)

@@ -121,8 +121,10 @@ class Plain:
             self.closure.objective.dtype,
             self.closure.form.precision**0.5,
         )
-        generator = torch.Generator().manual_seed(0)
-        u, v = torch.randn(2, size, generator=generator, dtype=dtype).to(self.closure.x.device)
+        generator = torch.Generator("cpu").manual_seed(0)
+        u, v = torch.randn(2, size, generator=generator, dtype=dtype, device="cpu").to(
+            self.closure.x.device
+        )
         Hu, Hv = one(u), one(v)
         if float((v @ Hu - u @ Hv).abs()) > near * float(
             Hu.norm() * v.norm() + Hv.norm() * u.norm()

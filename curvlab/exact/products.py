@@ -139,7 +139,7 @@ def _pair(block: object) -> tuple[str, str]:
 def _entries(layout: Layout, block: Block, some: Tensor | None) -> Tensor:
     """Return entries of the layout's vector, in the order of the block or of the parameter."""
     part = layout.slices[block.name]
-    entries = torch.arange(part.start, part.stop)
+    entries = torch.arange(part.start, part.stop, device="cpu")
     return entries if some is None else entries.to(some.device)[some]
 
 

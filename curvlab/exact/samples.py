@@ -112,7 +112,7 @@ def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *
     """
     check_independence(objective)
     inputs = objective.interface.inputs(x)
-    closure = Closure(objective, inputs, torch.zeros(len(inputs)), 0, "exact")
+    closure = Closure(objective, inputs, torch.zeros(len(inputs), device="cpu"), 0, "exact")
     z, capture = closure.forward()
     closure.check_alone(z.detach())
     _guard(

@@ -190,7 +190,8 @@ def _units(size: int, count: int, like: Tensor) -> Iterator[tuple[int, Float[Ten
     at_once = max(1, _NUMBERS // (size * count))
     for start in range(0, count, at_once):
         units = like.new_zeros(min(at_once, count - start), size, count)
-        units[torch.arange(len(units)), :, torch.arange(start, start + len(units))] = 1
+        first = torch.arange(len(units), device=like.device)
+        units[first, :, start + first] = 1
         yield start, units
 
 

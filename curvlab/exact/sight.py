@@ -25,13 +25,13 @@ def sees(function: Function) -> bool:
     """
     closure, layout = function.closure, function.layout
     x = closure.x if mixes(closure.objective.modules) else some_rows(closure.x, slice(1))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     with derivatives():
         z, _ = closure.forward(x)
-        v = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+        v = torch.randn(z.shape, generator=generator, dtype=torch.float64, device="cpu").to(z)
         true = function._plain.back(z, v)
         at = layout.flatten(function._state).to(z.dtype)
-        u = torch.randn(len(at), generator=generator, dtype=torch.float64).to(z)
+        u = torch.randn(len(at), generator=generator, dtype=torch.float64, device="cpu").to(z)
         try:
             found = grad(lambda w: (function.outputs(w, x) * v).sum())(at)
             # forward mode goes on under no_grad and into .data
@@ -54,7 +54,11 @@ def sees_twice(function: Function) -> bool:
     """
     closure = function.closure
     u = torch.randn(
-        1, len(function.at), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        1,
+        len(function.at),
+        generator=torch.Generator("cpu").manual_seed(0),
+        dtype=torch.float64,
+        device="cpu",
     ).to(function.at)
     try:
         true = function._plain.product("hessian", [closure.y], function.at)(u)

@@ -59,7 +59,11 @@ def as_numbers(what: str, value: Any, *, positive: bool = False) -> Tensor:
     """
     wanted = "finite numbers above 0" if positive else "finite numbers of 0 or more"
     try:
-        found = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+        found = (
+            value
+            if isinstance(value, Tensor)
+            else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise CurvlabError(f"{what} must be {wanted}, not {shown(value)}") from error
     if found.is_complex() or found.dtype == torch.bool or not found.numel():

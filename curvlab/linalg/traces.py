@@ -181,7 +181,8 @@ def hutchinson_diagonal(
     one sample of entry d has the variance Σ_{e≠d} A_de².
     """
     _require(products, 2, "diagonal")
-    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    nothing = torch.zeros((), device="cpu")
+    count, mean, squares = 0, nothing, nothing
     for part in _signs_times_products(operator, products, generator):
         n, centre = part.shape[1], part.mean(1)
         within = (part - centre[:, None]).square().sum(1)

@@ -90,7 +90,9 @@ def _together(rows: list[list[float | Tensor]]) -> Tensor:
     flat = [v for row in rows for v in row]
     tensors = {i: v for i, v in enumerate(flat) if isinstance(v, Tensor)}
     found = torch.tensor(
-        [0.0 if i in tensors else float(v) for i, v in enumerate(flat)], dtype=torch.float64
+        [0.0 if i in tensors else float(v) for i, v in enumerate(flat)],
+        dtype=torch.float64,
+        device="cpu",
     )
     if tensors:
         stacked = torch.stack([v.detach() for v in tensors.values()]).double()

@@ -202,7 +202,7 @@ def _try_operator(packed: Any, what: str) -> None:
     """Raise CurvlabError where what was packed does not act on a vector."""
     try:
         operator = unpack_operator(packed)
-        like = next(_tensors(packed), torch.zeros(0))
+        like = next(_tensors(packed), torch.zeros(0, device="cpu"))
         v = torch.zeros(len(operator), dtype=like.dtype, device=like.device)
         if (operator @ v).shape != v.shape:
             raise wrong(f"{what} is of another size than it says")

@@ -272,7 +272,7 @@ def _try(make: Make, name: str, turns: int | None) -> None:
     Raises:
         CurvlabError: a rate or momentum leaves its range, or the schedule ends before the run.
     """
-    trial = _Still([torch.nn.Parameter(torch.zeros(1))], dict.fromkeys(OPTIONS, 0.5))
+    trial = _Still([torch.nn.Parameter(torch.zeros(1, device="cpu"))], dict.fromkeys(OPTIONS, 0.5))
     scheduler = make(trial)
     last = end(scheduler)
     if last is not None and turns is not None and turns > last:
