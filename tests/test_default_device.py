@@ -72,7 +72,7 @@ def test_exact_matrices(kind: Any, model: str) -> None:
         found = [m.dense() for m in cl.exact.matrices(objective, p.x, p.y, kind).values()]
         found.append(cl.exact.matrix(objective, p.x, p.y, kind, None).dense())
         A = cl.exact.product(objective, p.x, p.y, kind)
-        found += [A @ torch.ones(len(A), dtype=A.dtype, device="cpu"), A.dense()]
+        found += [A @ torch.ones(A.shape[1], dtype=A.dtype, device="cpu"), A.dense()]
         found += cl.exact.gradients(objective, p.x, p.y).values()
         return found
 
