@@ -28,7 +28,7 @@ PLACES: dict[str, tuple[str, str]] = {
         "copy to the device",
         "a minibatch goes over; on CUDA from pinned memory, without waiting",
     ),
-    "closure:_check_inputs": (
+    "nests:check_inputs": (
         "number read",
         "whether inputs that lie on the device already are finite",
     ),
@@ -74,11 +74,9 @@ PLACES: dict[str, tuple[str, str]] = {
     "exact.matrices:_add_general": ("copy to the device", "which columns a block has"),
     "exact.matrices:finite": ("number read", "whether a matrix is finite"),
     "exact.matrices:select": ("copy to the device", "which entries a parameter has"),
-    "exact.occurring:_hot": ("copy to the device", "symbols as columns"),
     "exact.occurring:_symbols": ("shape read", "which symbols occur"),
     "exact.products:_Whole.check": ("number read", "whether data and weights are as they were"),
     "exact.products:_between": ("copy to the device", "a part of the vector among the others"),
-    "exact.second_order:_units": ("copy to the device", "unit vectors, from the host"),
     "exact.sight:sees": (
         "copy to the device and number read",
         "whether `torch.func` sees what autograd sees",
@@ -167,7 +165,7 @@ PLACES: dict[str, tuple[str, str]] = {
 
 """{module:function: (what waits, what is asked)}."""
 WARM = frozenset({"closure:Closure._finite", "closure:Closure._moved"})
-DATA = frozenset({"closure:_check_inputs", "likelihoods.targets:wrong_targets"})
+DATA = frozenset({"nests:check_inputs", "likelihoods.targets:wrong_targets"})
 CG = frozenset(
     {
         "curvature.hessian_free:HessianFree._loss_after",
@@ -230,7 +228,6 @@ ORACLE = frozenset(
         "exact.batches:check_independence",
         "exact.matrices:finite",
         "exact.matrices:select",
-        "exact.occurring:_hot",
         "exact.occurring:_symbols",
         "exact.products:_Whole.check",
         "exact.products:_between",
@@ -248,10 +245,9 @@ ORACLE = frozenset(
 )
 ORACLE_TWICE = frozenset(
     {
-        "closure:_check_inputs",
+        "nests:check_inputs",
         "derivatives:_Written.__torch_function__",
         "exact.matrices:_add_general",
-        "exact.second_order:_units",
         "exact.sight:sees_twice",
     }
 )
@@ -274,7 +270,6 @@ STEPS: Table = {
             "closure:Closure._finite",
             "curvature.hessian:least_eigenvalue",
             "exact.matrices:finite",
-            "exact.second_order:_units",
             "linalg.packed:fold",
             "second_looks:SecondLooks._stands",
         },
@@ -342,7 +337,7 @@ STEPS: Table = {
     **alike(
         "hf",
         start=FIRST_LOOK | SECOND_LOOK | SIGHT,
-        step=CG | RATIO | SUBSET | {"closure:_check_inputs", "exact.batches:check_independence"},
+        step=CG | RATIO | SUBSET | {"nests:check_inputs", "exact.batches:check_independence"},
     ),
     **alike(
         "skqn-l", start=WARM | FIRST_LOOK | SECOND_LOOK, step=PAIRED, refresh=PAIRED | EIGENBASIS
@@ -366,7 +361,7 @@ STEPS: Table = {
     ),
     **alike(
         "ssn",
-        start=FIRST_LOOK | SECOND_LOOK | SIGHT_TWICE | {"closure:_check_inputs"},
+        start=FIRST_LOOK | SECOND_LOOK | SIGHT_TWICE | {"nests:check_inputs"},
         step=EIGEN
         | {
             "curvature.structured:Structured._direct",
@@ -377,7 +372,7 @@ STEPS: Table = {
     ),
     **alike(
         "s4qn",
-        start=FIRST_LOOK | SECOND_LOOK | SIGHT_TWICE | {"closure:_check_inputs"},
+        start=FIRST_LOOK | SECOND_LOOK | SIGHT_TWICE | {"nests:check_inputs"},
         step=EIGEN
         | {
             "curvature.refinement:Refinement.add",
@@ -478,7 +473,7 @@ PROBE: Table = {
         "reduction",
         measure=SIGHT_TWICE
         | {
-            "closure:_check_inputs",
+            "nests:check_inputs",
             "probes.against_exact:_reduction",
             "probes.against_exact:own_quadratic",
         },
@@ -507,12 +502,12 @@ PROBE: Table = {
         measure=LANCZOS
         | EIGEN
         | SIGHT_TWICE
-        | {"closure:_check_inputs", "probes.against_exact:_spectrum"},
+        | {"nests:check_inputs", "probes.against_exact:_spectrum"},
         gather={"probes.base:on_host"},
     ),
     **alike(
         "alignment",
-        measure=LANCZOS | EIGEN | SIGHT_TWICE | {"closure:_check_inputs"},
+        measure=LANCZOS | EIGEN | SIGHT_TWICE | {"nests:check_inputs"},
         gather={"probes.base:on_host"},
     ),
     **alike("condition", measure=EIGEN | {"probes.bounds:ends"}, gather=NONE),
