@@ -71,6 +71,11 @@ class Closure(Looks):
         if any(isinstance(t, Tensor) and not t.ndim for t in (x, y)):
             raise CurvlabError("a minibatch needs the examples as first axis; this one has no axis")
         check_inputs(x)
+        if objective.device.type == "meta":
+            raise CurvlabError(
+                "the model is on the meta device and has no numbers: model.to_empty(…), and load"
+                " them first"
+            )
         if len(x) != len(y):
             raise CurvlabError(
                 f"the minibatch has {len(x)} inputs but {len(y)} targets: they must be as many"

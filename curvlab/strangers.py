@@ -110,7 +110,7 @@ _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 def check_model(model: nn.Module) -> None:
     """Raise CurvlabError for a model whose parameters are not all here, or have no derivatives.
 
-    It may be spread over processes, scripted, or have lazy, meta, complex or inference tensors.
+    It may be spread over several processes, scripted, or have lazy, complex or inference tensors.
     """
     if not isinstance(model, nn.Module):
         raise CurvlabError(
@@ -136,11 +136,6 @@ def check_model(model: nn.Module) -> None:
             raise CurvlabError(
                 f"parameter '{name}' is lazy and has no shape yet: run the model on one minibatch"
                 " first"
-            )
-        if p.is_meta:
-            raise CurvlabError(
-                f"parameter '{name}' is on the meta device and has no numbers: model.to_empty(…)"
-                " and load them first"
             )
         if p.is_complex():
             raise CurvlabError(

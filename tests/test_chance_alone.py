@@ -57,6 +57,7 @@ def drawn(name: str, dropout: bool, options: dict[str, Any]) -> list[Any]:
         return found
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dropout", [True, False])
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))

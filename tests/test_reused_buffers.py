@@ -74,6 +74,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 CASES += [("hf", {"curvature_size": None, "update_every": 2})]  # products of the whole minibatch
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_directions_are_those_of_tensors_of_their_own(name: str, options: dict[str, Any]) -> None:
     p = problem("tanh")
