@@ -457,6 +457,18 @@ def test_a_run_is_cut_where_a_budget_ends() -> None:
     assert list(cut(run, None, 1.5)["epoch"]) == [0, 1, 3]  # the epoch in which the time was up
 
 
+def test_seeds_that_time_has_ended_within_an_epoch_end_together() -> None:
+    """Else all that they share is the start."""
+    runs = [log([9, 5, 4]), log([9, 3, 2])]
+    ends = (1.25, 1.75)
+    runs = [run.assign_coords(epoch=[0.0, 1.0, end]) for run, end in zip(runs, ends, strict=True)]
+    found = Result("sgd-m", "", tuple(runs))
+    assert found.along("epoch").tolist() == [0, 1, 1.5]
+    assert found.mean("train_loss").tolist() == [9, 4, 3]
+    whole = Result("sgd-m", "", (log([9, 5, 4]), runs[1]))  # one has ended with an epoch
+    assert whole.along("epoch").tolist() == [0, 1]
+
+
 def test_claims_by_hand() -> None:
     """A is ahead in epochs and takes three times as long: B is ahead in time."""
     found = {"A": result(log([9, 3, 1], seconds=3)), "B": result(log([9, 5, 4, 3]))}

@@ -38,11 +38,20 @@ class Result:
 
     @cached_property
     def together(self) -> xr.Dataset:
-        """The values of all seeds [seed, epoch], at the epochs that all of them have."""
+        """The values of all seeds [seed, epoch], at the epochs that all of them have.
+
+        Where time has ended all within an epoch, each in a part of its own, their ends are one.
+        """
         names = [name for name in self.runs[0] if self.runs[0][name].dims == ("epoch",)]
-        return xr.concat(
-            [run[names] for run in self.runs], "seed", join="inner", combine_attrs="override"
-        )
+        runs = [run[names] for run in self.runs]
+        ends = [float(run["epoch"][-1]) for run in runs]
+        if len(runs) > 1 and all(end % 1 for end in ends):
+            end = sum(ends) / len(ends)
+            runs = [
+                run.assign_coords(epoch=[*run["epoch"].values[:-1].astype(float), end])
+                for run in runs
+            ]
+        return xr.concat(runs, "seed", join="inner", combine_attrs="override")
 
     @property
     def clock(self) -> str:
