@@ -18,6 +18,7 @@ import pytest
 import torch
 from forked import forked
 from problems import normal
+from test_reused_buffers import OneBuffer
 from torch import Tensor, nn
 
 import curvlab as cl
@@ -460,18 +461,6 @@ def test_a_loop_may_reshape_its_inputs_and_copy_its_model() -> None:
                 other(x.flatten(1))
     assert seen.dataset.sizes["step"] == 2
     assert len(seen(data)) == 2
-
-
-class OneBuffer:
-    """Minibatches in one and the same tensors, as of a loader that fills pinned memory."""
-
-    def __init__(self, data: Loader) -> None:
-        self.data = list(data)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        x, y = (torch.empty_like(t) for t in self.data[0])
-        for new in self.data:
-            yield x.copy_(new[0]), y.copy_(new[1])
 
 
 @pytest.mark.parametrize("handed", [False, True])
