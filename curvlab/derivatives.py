@@ -41,17 +41,22 @@ def around() -> tuple[str, torch.dtype] | None:
 class precise(ContextDecorator):
     """Arithmetic in the tensors' own precision inside, also under autocast.
 
-    `surrounding` is what was around.
+    Nor is it `torch.inference_mode()`, whose tensors no later step could write to. `surrounding` is
+    the autocast that was around.
     """
 
     # Classes, not generators: several are opened at every look, where nothing mostly is to be done.
-    __slots__ = ("_around", "_off")
+    __slots__ = ("_around", "_off", "_out")
 
     def _recreate_cm(self) -> precise:  # of a decorator, at every call
         return type(self)()
 
     def __enter__(self) -> None:
         found = _autocast()
+        self._out: torch.inference_mode | None = None
+        if torch.is_inference_mode_enabled():
+            self._out = torch.inference_mode(False)
+            self._out.__enter__()
         self._off: torch.autocast | None = None
         if found is not None:
             self._around = _around.set(found)
@@ -62,6 +67,8 @@ class precise(ContextDecorator):
         if self._off is not None:
             self._off.__exit__(*error)
             _around.reset(self._around)
+        if self._out is not None:
+            self._out.__exit__(*error)
 
 
 def surrounding() -> AbstractContextManager[Any]:

@@ -100,6 +100,7 @@ class Optimizer(torch.optim.Optimizer):
                 param_group.setdefault(option, value)
         super().add_param_group(param_group)
 
+    @precise()
     def warm_start(self, batches: Iterable[Batch]) -> int:
         """Go once through minibatches for the statistics, where the document has a warm start.
 
@@ -255,6 +256,7 @@ class Optimizer(torch.optim.Optimizer):
         own = {"descent": self.descent.state_dict(), "objective": self.objective.state_dict()}
         return super().state_dict() | {"curvlab": own}
 
+    @precise()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned.
 

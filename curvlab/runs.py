@@ -18,6 +18,7 @@ from curvlab import datasets
 from curvlab.comparison_loop import Course, compare_one
 from curvlab.comparison_settings import ALWAYS as ALWAYS
 from curvlab.comparison_settings import CompareSettings as CompareSettings
+from curvlab.derivatives import derivatives
 from curvlab.errors import MOST_STEPS, CurvlabError, several, whole
 from curvlab.logs.log import Log
 from curvlab.logs.reading import late_cosine
@@ -165,6 +166,7 @@ def compare(
     console = Console(stderr=True)
     shown = console.is_terminal if progress is None else progress
     with (
+        derivatives(),
         nullcontext() if log.path is None else exclusive_lock(log.path),
         progress_bar(console, shown) as bar,
     ):
