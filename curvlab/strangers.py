@@ -22,12 +22,13 @@ from curvlab.nests import call_arguments
 
 
 def original(model: nn.Module) -> nn.Module:
-    """Return what `torch.compile` or DistributedDataParallel was given: the same parameters.
+    """Return what `torch.compile`, DataParallel or DDP was given: the same parameters.
 
-    The latter's own reduction is of `loss.backward()` alone, and no derivative here goes that way.
+    DDP's own reduction is of `loss.backward()` alone, and no derivative here goes that way;
+    DataParallel's replicas on several devices are one model on one here.
     """
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif "torch._dynamo" in sys.modules and isinstance(
             getattr(model, "_orig_mod", None), nn.Module

@@ -10,7 +10,6 @@ from torch import nn
 
 from curvlab.errors import CurvlabError, shown
 from curvlab.objective import Objective
-from curvlab.strangers import original
 
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
 
@@ -48,14 +47,6 @@ def check_held(objective: Objective, optimizers: Sequence[torch.optim.Optimizer]
             f"parameters {', '.join(loose[:3])}{more} of the model are trainable but in no"
             " optimizer: give watch all optimizers of the loop as a list, or freeze them"
         )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module whose forward is the model's own: neither compiled nor wrapped."""
-    found = original(model)
-    if isinstance(found, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return unwrapped(found.module)
-    return found
 
 
 def described_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from curvlab.objective import Objective
 from curvlab.parallel import ranks_here
 from curvlab.probes.base import PROBES, asked
 from curvlab.signatures import known_options, shows
+from curvlab.strangers import original
 from curvlab.system import paths
 from curvlab.watched_loop import (
     Optimizers,
@@ -25,7 +26,6 @@ from curvlab.watched_loop import (
     described_optimizer,
     plain_optimizers,
     rate_in,
-    unwrapped,
 )
 from curvlab.watched_step import Looker
 from curvlab.watcher import Take, Watcher
@@ -108,7 +108,7 @@ def watch(
         )
     optimizers = plain_optimizers(optimizer)
     objective = Objective(
-        unwrapped(model),
+        original(model),
         likelihood,
         settings.seed,
         outputs=settings.outputs,

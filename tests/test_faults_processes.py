@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import Reference, apart, numbers, one_line, tokens, total
+from problems import normal
 from test_faults import entries, in_order, right_or_refused
 from test_faults_types import STEPPERS, data, two
 from torch import Tensor, nn
@@ -322,16 +324,22 @@ def test_one_process_of_a_group_is_right_or_refused(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_data_parallel_without_devices_is_the_module() -> None:
+@pytest.mark.parametrize("name", ["k-bfgs", "lbfgs", "skqn-b1", "smw-ng"])
+def test_data_parallel_is_the_module(name: str) -> None:
+    """A second look's buffers, and products, go go by `functional_call`, which takes no DataParallel;
+    blocks have the module's names.
+    """
     net, (x, y) = two(), data()
     r = Reference(net, x, y)
     o = cl.Objective(nn.DataParallel(net), Categorical())
-
-    def rows() -> Tensor:
-        return r.joined(
-            {name.removeprefix("module."): g for name, g in cl.exact.gradients(o, x, y).items()},
-            net,
-            1,
-        )
-
-    right_or_refused(rows, r.rows)
+    assert [b.name for b in o.blocks] == [b.name for b in cl.Objective(net, Categorical()).blocks]
+    assert apart(r.joined(cl.exact.gradients(o, x, y), net, 1), r.rows) < 1e-10
+    norm = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    found = []
+    for wrap in (lambda net: net, nn.DataParallel):
+        objective = cl.Objective(wrap(copy.deepcopy(norm)), Categorical())
+        optimizer = cl.optimizer(name, objective, lr=0.1)
+        for seed in range(3):
+            optimizer.step(objective.closure(normal(6, 3, seed=seed), torch.arange(6) % 2))
+        found.append([p.detach().clone() for p in objective.model.parameters()])
+    assert all(map(torch.equal, *found))
