@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from curvlab.control_flow import CONTROL_FLOW
+
 _around: ContextVar[tuple[str, torch.dtype] | None] = ContextVar(
     "autocast around the call", default=None
 )
@@ -115,11 +117,15 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-class _Written(TorchFunctionMode):
-    """A mode that calls `weight_norm` in the place of torch's own."""
+PLAIN: dict[Any, Callable[..., Any]] = {torch._weight_norm: weight_norm, **CONTROL_FLOW}
+"""{function whose derivatives torch has not, or wrong: the same by plain operations}"""
+
+
+class Written(TorchFunctionMode):
+    """A mode that calls what is in `PLAIN` in the place of torch's own."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
+        return PLAIN.get(func, func)(*args, **(kwargs or {}))
 
 
 _cuda = torch.backends.cuda
@@ -166,8 +172,8 @@ class _Unfused:
 _UNFUSED = _Unfused()
 
 
-class _Plain(_Written):
-    """`_Written`, without fused attention."""
+class _Plain(Written):
+    """`Written`, without fused attention."""
 
     def __enter__(self) -> Self:
         _UNFUSED.__enter__()

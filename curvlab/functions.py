@@ -27,6 +27,7 @@ from torch import Tensor
 
 from curvlab.arrangements import ARRANGEMENTS as ARRANGEMENTS
 from curvlab.arrangements import arrangements as arrangements
+from curvlab.control_flow import CONTROL_FLOW
 from curvlab.reorderings import REORDERING as REORDERING
 from curvlab.reorderings import indexed as indexed
 
@@ -380,6 +381,7 @@ def _opened(function: Any) -> Callable[..., Any]:
 
 COMPOSITE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
+    **CONTROL_FLOW,
 }
 """{function that takes parameters as a whole: the same, taken apart into the calls it is made
 of}

@@ -22,6 +22,11 @@ from curvlab.strangers import WRAP, beyond_a_table, called, eager, mixes
 if TYPE_CHECKING:
     from curvlab.closure import Closure
 
+_NOT_LOADED = (
+    "the model calls an operator of torch's compiler (torch.cond, scan), which was not loaded yet:"
+    " import torch._dynamo before"
+)
+
 
 class Looks(Independence):
     """The part of a closure that runs the model."""
@@ -58,11 +63,12 @@ class Looks(Independence):
         heard: AbstractContextManager[Any] | None = None,
     ) -> Tensor:
         model = self.objective.model
-        way = differentiable(heard is not None) if self.stream == "exact" else nullcontext()
+        exact = self.stream == "exact"
+        way = differentiable(heard is not None) if exact else nullcontext()
         try:
             with (
                 self.objective.expendable.handed(x, model.training) as given,
-                eager(),
+                eager(alone=heard is None and not exact),
                 surrounding(),
                 way,
                 nullcontext() if heard is None else heard,
@@ -82,6 +88,8 @@ class Looks(Independence):
             what = "one tensor" if isinstance(x, Tensor) else described(x)
             raise CurvlabError(f"the model does not take {what} ({line}): {WRAP}") from error
         except (RuntimeError, ValueError, IndexError) as error:
+            if "higher order operator" in str(error):
+                raise CurvlabError(_NOT_LOADED) from error
             of_the_data = any(word in str(error) for word in _OF_THE_DATA)
             if isinstance(error, CurvlabError) or lacks_memory(error) or not of_the_data:
                 raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
+from curvlab.derivatives import Written
 from curvlab.errors import CurvlabError
 from curvlab.nests import call_arguments
 
@@ -38,12 +39,21 @@ def original(model: nn.Module) -> nn.Module:
             return model
 
 
-def eager() -> AbstractContextManager[Any]:
-    """Run compiled parts as they were before, inside: what they do shows in no call."""
+def eager(alone: bool = False) -> AbstractContextManager[Any]:
+    """Run compiled parts as they were before, inside: what they do shows in no call.
+
+    Args:
+        alone: no other mode is there that calls what is in `PLAIN`.
+    """
     if "torch._dynamo" not in sys.modules:  # nothing can be compiled
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+    if not alone:
+        return stance
+    both = ExitStack()
+    both.enter_context(stance)
+    both.enter_context(Written())
+    return both
 
 
 def called(model: nn.Module, tensors: Mapping[str, Tensor], x: Any) -> Any:

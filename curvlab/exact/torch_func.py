@@ -22,11 +22,19 @@ from torch.func import grad, jacrev, linearize, vjp
 
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives, differentiable, surrounding
-from curvlab.errors import raise_if_out_of_memory, warn
+from curvlab.errors import cause_of, warn
 from curvlab.exact.batches import PASS_OF_KIND, Kind
 from curvlab.exact.plain import Plain
 from curvlab.exact.sight import sees, sees_twice
-from curvlab.exact.transforms import FixedRows, Repeated, Weights, along, mapped, transposed
+from curvlab.exact.transforms import (
+    FixedRows,
+    Repeated,
+    Weights,
+    along,
+    mapped,
+    raise_ours,
+    transposed,
+)
 from curvlab.exact.transforms import second_derivative as second
 from curvlab.layers import Layout
 from curvlab.nests import copied
@@ -198,8 +206,8 @@ class Function:
             if self.sound:
                 try:
                     return transformed()
-                except (RuntimeError, NotImplementedError) as error:
-                    raise_if_out_of_memory(error)
+                except Exception as error:
+                    raise_ours(error)
             return plain()
 
     def rows(
@@ -276,9 +284,9 @@ class Function:
         try:
             with derivatives():
                 return self._transformed(kind, labels, plain, often)
-        except (RuntimeError, NotImplementedError) as error:
-            raise_if_out_of_memory(error)
-            self._plain.why = str(error).splitlines()[0]
+        except Exception as error:
+            raise_ours(error)
+            self._plain.why = cause_of(error)
             return plain
 
     def _transformed(
@@ -346,9 +354,9 @@ class Function:
                     if len(v) == 1:
                         return one(v[0], single if often else apply)[None]
                     return several(v)
-                except (RuntimeError, NotImplementedError) as error:
-                    raise_if_out_of_memory(error)
-                    self._plain.why = str(error).splitlines()[0]
+                except Exception as error:
+                    raise_ours(error)
+                    self._plain.why = cause_of(error)
                     return plain(v)
 
         return every

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
-from curvlab.derivatives import weight_norm
-from curvlab.errors import raise_if_out_of_memory
+from curvlab.derivatives import PLAIN
+from curvlab.errors import CurvlabError, raise_if_out_of_memory
 from curvlab.functions import FUNCTIONS
 
 _FORWARD = RLock()  # levels of forward mode are the process's, not the thread's
@@ -122,6 +122,17 @@ def _same(one: Tensor | Weights, other: Tensor | Weights) -> bool:
     return apart <= near * size
 
 
+def raise_ours(error: Exception) -> None:
+    """Raise an error where it is ours, or of memory.
+
+    Else a transform met what it cannot do, which it says in errors of any kind; the plain way,
+    which follows, says what is the model's own.
+    """
+    if isinstance(error, CurvlabError):
+        raise error
+    raise_if_out_of_memory(error)
+
+
 class FixedRows(TorchFunctionMode):
     """Mode that holds fixed under every transform what autograd holds fixed in a call.
 
@@ -132,7 +143,7 @@ class FixedRows(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not F.embedding:
-            return (weight_norm if func is torch._weight_norm else func)(*args, **kwargs)
+            return PLAIN.get(func, func)(*args, **kwargs)
         call = FUNCTIONS[func].bind(args, kwargs)
         if call.padding_idx is None or call.max_norm is not None:
             return func(*args, **kwargs)
