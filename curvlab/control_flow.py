@@ -48,7 +48,7 @@ def scan(
     return (*carried, *map(_stacked, zip(*outs, strict=True)))
 
 
-def mapped(function: Callable[..., Any], xs: Sequence[Tensor], more: Any = ()) -> Any:
+def map_rows(function: Callable[..., Any], xs: Sequence[Tensor], more: Any = ()) -> Any:
     """Return what a function gives of every row, stacked."""
     found = [function(*row, *more) for row in zip(*xs, strict=True)]
     if isinstance(found[0], Tensor):
@@ -64,6 +64,6 @@ CONTROL_FLOW: dict[Any, Callable[..., Any]] = {
     torch.ops.higher_order.cond: cond,
     torch.ops.higher_order.while_loop: while_loop,
     torch.ops.higher_order.scan: scan,
-    torch.ops.higher_order.map_impl: mapped,
+    torch.ops.higher_order.map_impl: map_rows,
 }
 """{operator: the same in Python}"""
