@@ -117,15 +117,15 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-PLAIN: dict[Any, Callable[..., Any]] = {torch._weight_norm: weight_norm, **CONTROL_FLOW}
+WRITTEN: dict[Any, Callable[..., Any]] = {torch._weight_norm: weight_norm, **CONTROL_FLOW}
 """{function whose derivatives torch has not, or wrong: the same by plain operations}"""
 
 
 class Written(TorchFunctionMode):
-    """A mode that calls what is in `PLAIN` in the place of torch's own."""
+    """A mode that calls what is in `WRITTEN` in the place of torch's own."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return PLAIN.get(func, func)(*args, **(kwargs or {}))
+        return WRITTEN.get(func, func)(*args, **(kwargs or {}))
 
 
 _cuda = torch.backends.cuda

@@ -43,7 +43,7 @@ def eager(alone: bool = False) -> AbstractContextManager[Any]:
     """Run compiled parts as they were before, inside: what they do shows in no call.
 
     Args:
-        alone: no other mode is there that calls what is in `PLAIN`.
+        alone: no other mode is there that calls what is in `WRITTEN`.
     """
     if "torch._dynamo" not in sys.modules:  # nothing can be compiled
         return nullcontext()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
-from curvlab.derivatives import PLAIN
+from curvlab.derivatives import WRITTEN
 from curvlab.errors import CurvlabError, raise_if_out_of_memory
 from curvlab.functions import FUNCTIONS
 
@@ -143,7 +143,7 @@ class FixedRows(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not F.embedding:
-            return PLAIN.get(func, func)(*args, **kwargs)
+            return WRITTEN.get(func, func)(*args, **kwargs)
         call = FUNCTIONS[func].bind(args, kwargs)
         if call.padding_idx is None or call.max_norm is not None:
             return func(*args, **kwargs)
