@@ -5,7 +5,7 @@ Legend: O rows, I columns, K the smaller of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -88,21 +88,24 @@ def newton_schulz_bfloat16(
         kind: _unit([U for U, t in zip(Us, tall, strict=True) if t is kind], alone=len(Us) == 1)
         for kind in sorted(set(tall))
     }
-    spare = {kind: torch.empty_like(X) for kind, X in stacks.items()}
-    order = min(Us[0].shape)
+    order, several = min(Us[0].shape), len(Us) > 1
     S = Us[0].new_empty(
-        (len(Us), order, order) if len(Us) > 1 else (order, order), dtype=torch.bfloat16
+        (len(Us), order, order) if several else (order, order), dtype=torch.bfloat16
     )
     P = torch.empty_like(S)
     of_S, of_P = (_shares(whole, stacks) for whole in (S, P))
+    # small matrices: every call between two products shows
+    times, add = (torch.bmm, torch.baddbmm) if several else (_symmetric, torch.addmm)
+    plus: Callable[..., object] = torch.baddbmm if several else _symmetric_sum
+    parts = [(t, X, torch.empty_like(X), of_S[t], of_P[t]) for t, X in stacks.items()]
     for _ in range(steps):
-        for kind, X in stacks.items():
-            _symmetric(X.mT, X, out=of_S[kind]) if kind else _symmetric(X, X.mT, out=of_S[kind])
-        _symmetric(S, S, S, b, c, out=P)
-        for kind, X in stacks.items():
-            left, right = (X, of_P[kind]) if kind else (of_P[kind], X)
-            _plus(X, left, right, a, out=spare[kind])
-        stacks, spare = spare, stacks
+        for t, X, _, own_S, _ in parts:
+            times(X.mT, X, out=own_S) if t else times(X, X.mT, out=own_S)
+        plus(S, S, S, beta=b, alpha=c, out=P)
+        for t, X, spare, _, own_P in parts:
+            add(X, X, own_P, beta=a, out=spare) if t else add(X, own_P, X, beta=a, out=spare)
+        parts = [(t, spare, X, own_S, own_P) for t, X, spare, own_S, own_P in parts]
+    stacks = {t: X for t, X, *_ in parts}
     if scale is not None:
         # by a tensor of one entry, not a number: the product has its precision, in one pass
         scales = {kind: scale(X.shape[-2], X.shape[-1]) for kind, X in stacks.items()}
@@ -127,49 +130,44 @@ def _unit(Us: Sequence[Float[Tensor, "O I"]], alone: bool) -> Float[Tensor, "*M 
     return X.div_(X.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-7))
 
 
-def _plus(
-    base: Float[Tensor, "*M O I"],
-    left: Tensor,
-    right: Tensor,
-    beta: float,
-    alpha: float = 1.0,
-    *,
-    out: Tensor,
-) -> None:
-    """Write beta · base + alpha · left right, each rounded once, of a matrix or of M."""
-    add = torch.addmm if base.ndim == 2 else torch.baddbmm
-    add(base, left, right, beta=beta, alpha=alpha, out=out)
-
-
 def _symmetric(
-    left: Float[Tensor, "*M K _"],
-    right: Float[Tensor, "*M _ K"],
-    base: Float[Tensor, "*M K K"] | None = None,
-    beta: float = 0.0,
-    alpha: float = 1.0,
-    *,
-    out: Float[Tensor, "*M K K"],
+    left: Float[Tensor, "K _"], right: Float[Tensor, "_ K"], *, out: Float[Tensor, "K K"]
 ) -> None:
-    """Write beta · base + alpha · left right, known to be symmetric, to the bit of the product.
+    """Write left right, known to be symmetric, to the bit of the product."""
+    for rows, columns in _triangle(out):
+        torch.mm(left[rows], right[:, columns], out=out[rows, columns])
+        _mirror(out, rows)
 
-    Of a large matrix on a CPU one triangle is computed, by panels of rows, and mirrored.
-    """
-    order = left.shape[-2]
-    if left.ndim > 2 or order < _LARGE or left.device.type != "cpu":
-        if base is None:
-            torch.matmul(left, right, out=out)
-        else:
-            _plus(base, left, right, beta, alpha, out=out)
-        return
-    for start in range(0, order, _PANEL):
-        stop = min(start + _PANEL, order)
-        lower, some, columns = out[start:stop, :stop], left[start:stop], right[:, :stop]
-        if base is None:
-            torch.mm(some, columns, out=lower)
-        else:
-            _plus(base[start:stop, :stop], some, columns, beta, alpha, out=lower)
-        if start:
-            out[:start, start:stop] = lower[:, :start].mT
+
+def _symmetric_sum(
+    base: Float[Tensor, "K K"],
+    left: Float[Tensor, "K _"],
+    right: Float[Tensor, "_ K"],
+    *,
+    beta: float,
+    alpha: float,
+    out: Float[Tensor, "K K"],
+) -> None:
+    """Write beta · base + alpha · left right likewise, each rounded once."""
+    for rows, columns in _triangle(out):
+        some = base[rows, columns], left[rows], right[:, columns]
+        torch.addmm(*some, beta=beta, alpha=alpha, out=out[rows, columns])
+        _mirror(out, rows)
+
+
+def _triangle(out: Float[Tensor, "K K"]) -> Iterator[tuple[slice, slice]]:
+    """Yield (rows, columns): all, or of a large matrix on a CPU panels of one triangle."""
+    order = len(out)
+    panel = _PANEL if order >= _LARGE and out.device.type == "cpu" else order
+    for start in range(0, order, panel):
+        stop = min(start + panel, order)
+        yield slice(start, stop), slice(stop)
+
+
+def _mirror(out: Float[Tensor, "K K"], rows: slice) -> None:
+    """Write a panel of the lower triangle into the upper one."""
+    if rows.start:
+        out[: rows.start, rows] = out[rows, : rows.start].mT
 
 
 POLAR: dict[str, Callable[[Tensor], Tensor]] = {
