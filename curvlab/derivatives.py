@@ -121,11 +121,11 @@ WRITTEN: dict[Any, Callable[..., Any]] = {torch._weight_norm: weight_norm, **CON
 """{function whose derivatives torch has not, or wrong: the same by plain operations}"""
 
 
-class Written(TorchFunctionMode):
-    """A mode that calls what is in `WRITTEN` in the place of torch's own."""
+class Branching(TorchFunctionMode):
+    """A mode in which branches and loops of torch's compiler run as Python runs them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return WRITTEN.get(func, func)(*args, **(kwargs or {}))
+        return CONTROL_FLOW.get(func, func)(*args, **(kwargs or {}))
 
 
 _cuda = torch.backends.cuda
@@ -172,8 +172,11 @@ class _Unfused:
 _UNFUSED = _Unfused()
 
 
-class _Plain(Written):
-    """`Written`, without fused attention."""
+class _Plain(TorchFunctionMode):
+    """A mode that calls what is in `WRITTEN` in the place of torch's own; no fused attention."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return WRITTEN.get(func, func)(*args, **(kwargs or {}))
 
     def __enter__(self) -> Self:
         _UNFUSED.__enter__()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
-from curvlab.derivatives import Written
+from curvlab.derivatives import Branching
 from curvlab.errors import CurvlabError
 from curvlab.nests import call_arguments
 
@@ -43,7 +43,7 @@ def eager(alone: bool = False) -> AbstractContextManager[Any]:
     """Run compiled parts as they were before, inside: what they do shows in no call.
 
     Args:
-        alone: no other mode is there that calls what is in `WRITTEN`.
+        alone: no other mode is there that sees to branches and loops.
     """
     if "torch._dynamo" not in sys.modules:  # nothing can be compiled
         return nullcontext()
@@ -52,7 +52,7 @@ def eager(alone: bool = False) -> AbstractContextManager[Any]:
         return stance
     both = ExitStack()
     both.enter_context(stance)
-    both.enter_context(Written())
+    both.enter_context(Branching())
     return both
 
 
