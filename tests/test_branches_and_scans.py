@@ -204,3 +204,25 @@ except cl.errors.CurvlabError as error:
     assert first.endswith("import torch._dynamo before")
     assert "\n" not in first
     assert not then
+
+
+def test_weight_norm_is_torchs_own_where_nobody_hears() -> None:
+    """The step of a foreign optimizer is that of a loop of torch's own, to the bit."""
+    ended = []
+    for ours in (True, False):
+        net = Sequences(straight)
+        torch.nn.utils.parametrizations.weight_norm(net.first)
+        plain = torch.optim.SGD(net.parameters(), lr=0.1)
+        if ours:
+            objective = cl.Objective(net, cl.likelihoods.Categorical())
+            optimizer = cl.optimizer(cl.foreign(torch.optim.SGD, lr=0.1), objective, lr=0.1)
+        for seed in range(3):
+            x, y = data(seed)
+            if ours:
+                optimizer.step(objective.closure(x, y))
+            else:
+                plain.zero_grad()
+                nn.functional.cross_entropy(net(x), y).backward()
+                plain.step()
+        ended.append([p.detach().clone() for p in net.parameters()])
+    assert all(map(torch.equal, *ended))
