@@ -210,14 +210,16 @@ def test_weight_norm_is_torchs_own_where_nobody_hears() -> None:
     """The step of a foreign optimizer is that of a loop of torch's own, to the bit."""
     ended = []
     for ours in (True, False):
-        net = Sequences(straight)
-        torch.nn.utils.parametrizations.weight_norm(net.first)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(100, 64), nn.Tanh(), nn.Linear(64, 2))
+        torch.nn.utils.parametrizations.weight_norm(net[0])
         plain = torch.optim.SGD(net.parameters(), lr=0.1)
         if ours:
             objective = cl.Objective(net, cl.likelihoods.Categorical())
             optimizer = cl.optimizer(cl.foreign(torch.optim.SGD, lr=0.1), objective, lr=0.1)
         for seed in range(3):
-            x, y = data(seed)
+            x, y = normal(N, 100, seed=seed).float(), torch.arange(N) % 2
             if ours:
                 optimizer.step(objective.closure(x, y))
             else:
