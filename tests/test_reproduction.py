@@ -466,7 +466,13 @@ def test_seeds_that_time_has_ended_within_an_epoch_end_together() -> None:
     assert found.along("epoch").tolist() == [0, 1, 1.5]
     assert found.mean("train_loss").tolist() == [9, 4, 3]
     whole = Result("sgd-m", "", (log([9, 5, 4]), runs[1]))  # one has ended with an epoch
-    assert whole.along("epoch").tolist() == [0, 1]
+    assert whole.along("epoch").tolist() == [0, 1, 1.875]
+    before = log([9, 2]).assign_coords(epoch=[0.0, 0.75])
+    around = Result("sgd-m", "", (log([9, 4]), before, runs[0].isel(epoch=[0, 1, 2])))
+    assert around.along("epoch").tolist() == [0, 1]
+    assert around.mean("train_loss").tolist() == [9, (4 + 2 + 4) / 3]
+    later = Result("sgd-m", "", (log([9, 5, 4, 3]), runs[1]))  # more than an epoch later
+    assert later.along("epoch").tolist() == [0, 1]
 
 
 def test_claims_by_hand() -> None:

@@ -40,17 +40,20 @@ class Result:
     def together(self) -> xr.Dataset:
         """The values of all seeds [seed, epoch], at the epochs that all of them have.
 
-        Where time has ended all within an epoch, each in a part of its own, their ends are one.
+        Where time has ended them, each in a part of an epoch, their ends are one; also where some
+        ended with an epoch, less than one epoch away.
         """
         names = [name for name in self.runs[0] if self.runs[0][name].dims == ("epoch",)]
         runs = [run[names] for run in self.runs]
         ends = [float(run["epoch"][-1]) for run in runs]
-        if len(runs) > 1 and all(end % 1 for end in ends):
-            end = sum(ends) / len(ends)
-            runs = [
-                run.assign_coords(epoch=[*run["epoch"].values[:-1].astype(float), end])
-                for run in runs
-            ]
+        near = any(end % 1 for end in ends) and max(ends) - min(ends) < 1
+        if len(runs) > 1 and (near or all(end % 1 for end in ends)):
+            end, least = sum(ends) / len(ends), min(ends)
+            for k, run in enumerate(runs):
+                *before, _ = run["epoch"].values.astype(float)
+                kept = [i for i, epoch in enumerate(before) if epoch < least]
+                shared = [before[i] for i in kept]
+                runs[k] = run.isel(epoch=[*kept, -1]).assign_coords(epoch=[*shared, end])
         return xr.concat(runs, "seed", join="inner", combine_attrs="override")
 
     @property
