@@ -65,7 +65,7 @@ PLACES: dict[str, tuple[str, str]] = {
         "copy to the device",
         "which examples the curvature is of, drawn on the host",
     ),
-    "derivatives:_Written.__torch_function__": (
+    "derivatives:_Plain.__torch_function__": (
         "copy to the device and number read",
         "an operation written out, at the first look",
     ),
@@ -218,7 +218,7 @@ RATIO = frozenset(
 SUBSET = frozenset({"curvature.whole_vector:subset"})
 SIGHT = frozenset({"exact.sight:sees"})
 SIGHT_TWICE = frozenset(
-    {"derivatives:_Written.__torch_function__", "exact.sight:sees", "exact.sight:sees_twice"}
+    {"derivatives:_Plain.__torch_function__", "exact.sight:sees", "exact.sight:sees_twice"}
 )
 ALONE = frozenset({"exact.batches:check_independence", "independence:Independence.check_alone"})
 ORACLE = frozenset(
@@ -246,7 +246,7 @@ ORACLE = frozenset(
 ORACLE_TWICE = frozenset(
     {
         "nests:check_inputs",
-        "derivatives:_Written.__torch_function__",
+        "derivatives:_Plain.__torch_function__",
         "exact.matrices:_add_general",
         "exact.sight:sees_twice",
     }
@@ -433,7 +433,7 @@ EXACT: Table = {
     **alike(
         "ggn", "fisher", matrices=ORACLE | {"sent_vectors:SortedVectors.of", "sent_vectors:_fewer"}
     ),
-    **alike("fisher-mc", "ef", matrices=ORACLE | {"derivatives:_Written.__torch_function__"}),
+    **alike("fisher-mc", "ef", matrices=ORACLE | {"derivatives:_Plain.__torch_function__"}),
     **alike(
         "ef-token",
         matrices=ORACLE
