@@ -104,7 +104,7 @@ def steps(
     return [q.detach().clone() for q in objective.parameters.values()]
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(20)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("around", sorted(AROUND))
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
@@ -113,7 +113,7 @@ def test_every_method(name: str, around: str, model: str) -> None:
     assert all(map(torch.equal, steps(name, model, AROUND[around]), wanted))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_now_inside_now_outside(name: str) -> None:
     """A state of inference mode could not be written to outside."""
@@ -156,7 +156,7 @@ def test_comparisons(around: str, first: int) -> None:
             np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("around", sorted(AROUND))
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "fisher-mc", "ef"])
 @pytest.mark.parametrize("model", MODELS)

@@ -21,6 +21,9 @@ FIGURE: Comparison = replace(
         # Table 3.7, CIFAR-100, VGG16, as the next; for CIFAR-10 it has batch normalisation
         "K-BFGS": Method("k-bfgs", (0.1, 10), TWENTY),
         "K-BFGS(L)": Method("k-bfgs-l", (0.3, 100), TWENTY),
+        # both at one and the same values, beside
+        "K-BFGS at (0.1, 1)": Method("k-bfgs", (0.1, 1), TWENTY),
+        "K-BFGS(L) at (0.1, 1)": Method("k-bfgs-l", (0.1, 1), TWENTY),
         "KF-BFGS-CNN": Method(
             "kf-bfgs-cnn", (1, 10), TWENTY
         ),  # as K-BFGS: its momentum is an average, ten times smaller

@@ -3,7 +3,7 @@ autoencoder.
 
 Without it Λ = γλ I (L, no pairs) and Λ̃ = γ√λ I (B, no columns) stay as they begin, so that the
 damping is the same. At KFAC's values (0.03, 1), and in the reading "seng" at the thesis's of
-KFAC-EF.
+KFAC-EF. SGD and Adam at those of Table 4.3, as in Figure 2, are beside.
 """
 
 from curvlab.reproduction import Claim, Comparison, Extent, Method, main
@@ -27,6 +27,8 @@ FIGURE = Comparison(
         "B without columns": Method("skqn-b2", KFAC, {"columns": 0}),
         "SKQN-B2, seng": Method("skqn-b2", SENG, {"reading": "seng"}),
         "B without columns, seng": Method("skqn-b2", SENG, {"reading": "seng", "columns": 0}),
+        "Adam": Method("adam", (1e-4, 1e-4)),
+        "SGD": Method("sgd-m", (0.003, 0)),
     },
     cpu=Extent(epochs=5, tests=0, evaluated=10_000, seeds=3),
     paper=Extent(epochs=100),  # not published
