@@ -326,7 +326,7 @@ def test_one_process_of_a_group_is_right_or_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["k-bfgs", "lbfgs", "skqn-b1", "smw-ng"])
 def test_data_parallel_is_the_module(name: str) -> None:
-    """A second look's buffers, and products, go by `functional_call`, which takes no DataParallel;
+    """A second look's buffers go by `functional_call`, which takes no DataParallel;
     blocks have the module's names.
     """
     net, (x, y) = two(), data()
