@@ -62,17 +62,18 @@ def refused(error: Exception, what: str) -> CurvlabError:
 
 
 def sent_together(
-    z: Tensor, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"]
+    z: Tensor, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"], last: bool = False
 ) -> list[Tensor | None]:
     """Return `send_back` with the vectors and the targets' first axis as one.
 
-    Of a single vector it is as autograd gives it.
+    Of a single vector it is as autograd gives it; where it is the `last`, the graph goes, and its
+    memory serves for what is made of it.
     """
     if len(vectors) != 1:
         return [None if d is None else d.flatten(0, 1) for d in send_back(z, targets, vectors)]
     try:
         return list(
-            torch.autograd.grad(z, targets, vectors[0], retain_graph=True, allow_unused=True)
+            torch.autograd.grad(z, targets, vectors[0], retain_graph=not last, allow_unused=True)
         )
     except RuntimeError as error:
         raise refused(error, "the derivative") from error

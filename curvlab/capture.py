@@ -346,20 +346,25 @@ class Capture(Hearing):
         )
 
     def gradients(
-        self, z: Tensor, vectors: Float[Tensor, "1 N *C"], size: int | None = None
+        self,
+        z: Tensor,
+        vectors: Float[Tensor, "1 N *C"],
+        size: int | None = None,
+        *,
+        last: bool = False,
     ) -> dict[str, LayerStatistics]:
         """Return the mean gradient of every block by autograd alone: no call need be heard.
 
-        Sums over examples are divided by `size`, N where it is None.
+        Sums over examples are divided by `size`, N where it is None. The graph is kept unless this
+        is the `last` pass.
         """
         named = [
             name for b in self.blocks for name in b.params if self.parameters[name].requires_grad
         ]
         if z.grad_fn is None:
             raise CurvlabError(_NO_GRAPH)
-        grads = (
-            sent_together(z, [self.parameters[name] for name in named], vectors) if named else []
-        )
+        leaves = [self.parameters[name] for name in named]
+        grads = sent_together(z, leaves, vectors, last) if named else []
         means = self._means(self.blocks, dict(zip(named, grads, strict=True)), size or len(z))
         count = len(z)
         return {

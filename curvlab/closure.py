@@ -310,12 +310,14 @@ class Closure(Looks):
             self.check_alone(outputs.detach())
         passes: dict[str, dict[str, LayerStatistics]] = {}
         by_leaves = "gradient" in needs
-        for name in (p for p in PASSES if p in needs):
+        in_turn = [p for p in PASSES if p in needs]
+        for name in in_turn:
+            last = unheard and name == in_turn[-1]  # nobody else has this graph
             if name == "gradient" and "data" in needs:
                 continue  # they are one
             if name == "plain":
                 vectors = torch.autograd.grad(loss, outputs, retain_graph=True)[0][None]
-                passes[name] = capture.gradients(z, vectors, 1)
+                passes[name] = capture.gradients(z, vectors, 1, last=last)
                 continue
             shared = name == "apart" and max(self.form_of_look.places.values(), default=1) > 1
             if name == "apart" and "exact" in passes and not shared:
@@ -342,7 +344,7 @@ class Closure(Looks):
                 vectors = each[0][None] if draws == 1 else torch.stack(each) / draws**0.5
             guard_pass(capture, vectors)
             if name == "gradient" and (unheard or all(map(capture.fine, self.objective.blocks))):
-                passes[name] = capture.gradients(z, vectors)
+                passes[name] = capture.gradients(z, vectors, last=last)
             elif shared:
                 passes[name] = pass_of_vectors(capture, z, vectors)
             else:

@@ -16,11 +16,11 @@ from curvlab.divergence import broken, named
 from curvlab.errors import CurvlabError, Diverged
 from curvlab.finite import all_short, waits
 from curvlab.groups import Ownership, check_weight_decay
-from curvlab.layers import Block
 from curvlab.momentum import Momentum, MomentumKind
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_direction
+from curvlab.steps import Decay, decayed
 
 Batch = Any
 """A minibatch: a pair (x, y), or a mapping with the labels in it (`Objective.closure`)."""
@@ -82,7 +82,7 @@ class Descent:
     def direction(
         self,
         observation: Observation,
-        decay: Callable[[Tensor], float] | float | None = None,
+        decay: Decay | None = None,
         *,
         rate: float | None = None,
     ) -> dict[str, Tensor]:
@@ -112,9 +112,7 @@ class Descent:
             raise found from error
         return p
 
-    def _direction(
-        self, observation: Observation, decay: Callable[[Tensor], float] | float | None
-    ) -> dict[str, Tensor]:
+    def _direction(self, observation: Observation, decay: Decay | None) -> dict[str, Tensor]:
         # Alg. 4 and 9 precondition by the statistics before this minibatch, Alg. 12, 15 and 16 by
         # those that it has entered. Until there is an inverse each has to learn first.
         late = not self.learns_first and self.curvature.ready
@@ -135,33 +133,7 @@ class Descent:
         if late:
             self.curvature.update(observation)
         rate = self.weight_decay if decay is None else decay
-        return self._decayed(p, rate) if rate else p
-
-    def _decayed(
-        self, p: dict[str, Tensor], decay: Callable[[Tensor], float] | float
-    ) -> dict[str, Tensor]:
-        """Return p + γ W, γ of each parameter or of all."""
-        parameters, found = self.objective.parameters, dict(p)
-        whole: dict[float, list[Block]] = {}  # blocks of one parameter, by its rate
-        with torch.no_grad():
-            for block in self.objective.blocks:
-                if len(block.params) == 1:
-                    rate = decay(parameters[block.params[0]]) if callable(decay) else decay
-                    whole.setdefault(rate, []).append(block)
-                    continue
-                rates = {
-                    name: decay(parameters[name]) if callable(decay) else decay
-                    for name in block.params
-                }
-                found[block.name] = out = p[block.name].new_empty(block.shape)
-                into = block.scatter(out)  # views, since it is contiguous
-                for name, part in block.scatter(p[block.name]).items():
-                    torch.add(part, parameters[name], alpha=rates[name], out=into[name])
-            for rate, blocks in whole.items():
-                each = [p[b.name] for b in blocks], [b.gather(parameters) for b in blocks]
-                added = torch._foreach_add(*each, alpha=rate)
-                found |= {b.name: new for b, new in zip(blocks, added, strict=True)}
-        return found
+        return decayed(self.objective, p, rate) if rate else p
 
     @property
     def wants_step(self) -> bool:

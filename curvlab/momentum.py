@@ -58,26 +58,42 @@ class Momentum:
             self.buffers = dict(gradients) if self.buffers else {}  # β may come back: a schedule's
             self.mix = Mix(0.0, 1.0, 1.0, self.steps)
             return gradients
-        adds = self.kind in ("add", "directions")
-        new = 1.0 if adds else 1 - self.beta
+        new = 1.0 if self.kind in ("add", "directions") else 1 - self.beta
         divisor = 1 - self.beta**self.steps if self.kind == "corrected" else 1.0
         known_mix = self.kind not in ("nesterov", "directions")
         self.mix = Mix(self.beta, new, divisor, self.steps) if known_mix else None
+        found = dict[str, Tensor]()
+        for some in self._portions(gradients):
+            self._enter(some, new)
+            if self.kind == "nesterov":
+                held = [self.buffers[name] for name in some]
+                ahead = torch._foreach_lerp(list(some.values()), held, self.beta)
+                found |= dict(zip(some, ahead, strict=True))
+        if self.kind == "nesterov":
+            return found
+        if divisor == 1:  # of "corrected" too, after 350 steps of β = 0.9
+            return dict(self.buffers)
+        corrected = torch._foreach_div(list(self.buffers.values()), divisor)
+        return dict(zip(self.buffers, corrected, strict=True))
+
+    def _portions(self, gradients: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Return the gradients as they are gone through: block by block what reads them twice.
+
+        A block fits a processor's cache, where all together may not.
+        """
+        if self.kind != "nesterov" or any(g.device.type != "cpu" for g in gradients.values()):
+            return [gradients]
+        return [{name: g} for name, g in gradients.items()]
+
+    def _enter(self, gradients: dict[str, Tensor], new: float) -> None:
+        """Let gradients enter their blocks' buffers with this weight."""
         known = [name for name in gradients if name in self.buffers]
         if known:
             old, each = [self.buffers[n] for n in known], [gradients[n] for n in known]
             moved = (
                 torch._foreach_add(each, old, alpha=self.beta)
-                if adds
+                if self.kind in ("add", "directions")
                 else torch._foreach_lerp(old, each, new)
             )
             self.buffers |= dict(zip(known, moved, strict=True))
         self.buffers |= {n: g * new for n, g in gradients.items() if n not in self.buffers}
-        if self.kind == "nesterov":
-            fresh = [gradients[name] for name in self.buffers]
-            ahead = torch._foreach_lerp(fresh, list(self.buffers.values()), self.beta)
-            return dict(zip(self.buffers, ahead, strict=True))
-        if self.kind != "corrected":
-            return dict(self.buffers)
-        corrected = torch._foreach_div(list(self.buffers.values()), divisor)
-        return dict(zip(self.buffers, corrected, strict=True))

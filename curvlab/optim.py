@@ -25,7 +25,7 @@ from curvlab.momentum import Momentum, MomentumKind
 from curvlab.objective import restore_weights, weights
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import Soundness, check_direction
-from curvlab.steps import arrive, difference, displacement, move
+from curvlab.steps import Decay, arrive, decayed, difference, displacement, move
 
 __all__ = [
     "Batch",
@@ -152,7 +152,16 @@ class Optimizer(torch.optim.Optimizer):
             )
         return each.pop() if each else 0.0
 
-    def _decays(self) -> Callable[[Tensor], float] | float:
+    @property
+    def _seen(self) -> bool:
+        """Whether anybody asks for a step's direction, or for what it has moved."""
+        return self.look is not None or self.watch is not None or self.descent.wants_step
+
+    @property
+    def _most_decay(self) -> float:
+        return max((float(group["weight_decay"]) for group in self.param_groups), default=0.0)
+
+    def _decays(self) -> Decay:
         """Return a function parameter → its group's weight decay; one number where all agree."""
         each = {float(group["weight_decay"]) for group in self.param_groups}
         if len(each) <= 1:
@@ -203,9 +212,16 @@ class Optimizer(torch.optim.Optimizer):
         known = with_defaults(curvature)
         if known.gradient_pass == "plain":
             known.rate = self._one_rate(rates)
+        decay = self._decays()
+        # added by the move itself, unless somebody asks for the whole, or it could be too large
+        small = self._most_decay * max(1.0, highest) <= 1
         direction = self.descent.direction(
-            observation, self._decays(), rate=highest if at_once else None
+            observation, 0.0 if small else decay, rate=highest if at_once else None
         )
+        if not small:
+            decay = 0.0
+        elif decay and self._seen:
+            direction, decay = decayed(self.objective, direction, decay), 0.0
         if not at_once:
             soundness.note_step(observation, direction, highest)
         # before the move: a probe reads the weights, the curvature and λ that the direction is of
@@ -215,7 +231,7 @@ class Optimizer(torch.optim.Optimizer):
         saved = weights(self.objective) if self.descent.curvature.rejects else []
         arrived, flag, stands = known.arrived(), None if at_once else soundness.flag, True
         if arrived is None:
-            move(self.objective, direction, lr, flag)
+            move(self.objective, direction, lr, flag, decay)
             step = cache(partial(displacement, self.objective, direction, lr))
         else:
             before = weights(self.objective)

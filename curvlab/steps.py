@@ -7,7 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from curvlab.layers import Block
 from curvlab.objective import Objective
+
+Decay = Callable[[Tensor], float] | float
+"""Weight decay γ of a parameter, or of all."""
 
 
 def move(
@@ -15,8 +19,9 @@ def move(
     direction: dict[str, Tensor],
     lr: Callable[[Tensor], float],
     where: Tensor | None = None,
+    decay: Decay = 0.0,
 ) -> None:
-    """Move every parameter, W ← W − α p, α = lr(parameter); none where the flag is false.
+    """Move every parameter, W ← W − α (p + γ W), α = lr(parameter); none where the flag is false.
 
     As under torch's optimizers, a parameter stands still that has been frozen (`requires_grad` is
     off), and where α is 0.
@@ -26,19 +31,18 @@ def move(
         direction: {block: p}.
         lr: parameter → α.
         where: the flag; None: it is true.
+        decay: γ, to the bit as where `decayed` has added it; 0 where it is in the direction.
     """
     parameters = objective.parameters
     with torch.no_grad():
         for block in objective.blocks:
-            p = (
-                direction[block.name]
-                if where is None
-                else torch.where(where, direction[block.name], 0.0)
-            )
-            for name, d in block.scatter(p).items():
-                rate = rate_of(parameters[name], lr)
+            for name, d in block.scatter(direction[block.name]).items():
+                w = parameters[name]
+                rate = rate_of(w, lr)
                 if rate:
-                    parameters[name].add_(d, alpha=-rate)
+                    more = decay_of(w, decay)
+                    d = torch.add(d, w, alpha=more) if more else d
+                    w.add_(d if where is None else torch.where(where, d, 0.0), alpha=-rate)
 
 
 def arrive(
@@ -91,3 +95,32 @@ def displacement(
 def rate_of(parameter: Tensor, lr: Callable[[Tensor], float]) -> float:
     """Return α of a parameter; 0 of what has been frozen."""
     return lr(parameter) if parameter.requires_grad else 0.0
+
+
+def decay_of(parameter: Tensor, decay: Decay) -> float:
+    """Return γ of a parameter."""
+    return decay(parameter) if callable(decay) else decay
+
+
+def decayed(
+    objective: Objective, direction: Mapping[str, Tensor], decay: Decay
+) -> dict[str, Tensor]:
+    """Return {block: p + γ W}, γ of each parameter or of all."""
+    parameters, found = objective.parameters, dict(direction)
+    whole: dict[float, list[Block]] = {}  # blocks of one parameter, by its rate
+    with torch.no_grad():
+        for block in objective.blocks:
+            if len(block.params) == 1:
+                rate = decay_of(parameters[block.params[0]], decay)
+                whole.setdefault(rate, []).append(block)
+                continue
+            found[block.name] = out = direction[block.name].new_empty(block.shape)
+            into = block.scatter(out)  # views, since it is contiguous
+            for name, part in block.scatter(direction[block.name]).items():
+                rate = decay_of(parameters[name], decay)
+                torch.add(part, parameters[name], alpha=rate, out=into[name])
+        for rate, blocks in whole.items():
+            each = [direction[b.name] for b in blocks], [b.gather(parameters) for b in blocks]
+            added = torch._foreach_add(*each, alpha=rate)
+            found |= {b.name: new for b, new in zip(blocks, added, strict=True)}
+    return found

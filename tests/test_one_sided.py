@@ -190,7 +190,9 @@ def test_directions_made_together_are_those_of_the_operators() -> None:
         assert_near(direction, found[name], 1e-12)
 
 
-@pytest.mark.parametrize("shapes", [[(400, 420)], [(420, 400)], [(6, 9), (9, 6), (6, 9)]])
+@pytest.mark.parametrize(
+    "shapes", [[(400, 420)], [(784, 500)], [(6, 9), (9, 6), (6, 9)], [(65, 64), (64, 65), (64, 65)]]
+)
 def test_halves_and_stacks_have_the_bits_of_whole_products(shapes: list[tuple[int, int]]) -> None:
     Us = [normal(*shape, seed=seed).float() for seed, shape in enumerate(shapes)]
     for U, found in zip(Us, newton_schulz_bfloat16(Us), strict=True):
