@@ -350,25 +350,20 @@ class Capture(Hearing):
         z: Tensor,
         vectors: Float[Tensor, "1 N *C"],
         size: int | None = None,
-        *,
         last: bool = False,
     ) -> dict[str, LayerStatistics]:
         """Return the mean gradient of every block by autograd alone: no call need be heard.
 
-        Sums over examples are divided by `size`, N where it is None. The graph is kept unless this
-        is the `last` pass.
+        Sums over examples are divided by `size`, N where None. The `last` pass keeps no graph.
         """
-        named = [
-            name for b in self.blocks for name in b.params if self.parameters[name].requires_grad
-        ]
+        own = [(name, self.parameters[name]) for b in self.blocks for name in b.params]
+        leaves = {name: p for name, p in own if p.requires_grad}
         if z.grad_fn is None:
             raise CurvlabError(_NO_GRAPH)
-        leaves = [self.parameters[name] for name in named]
-        grads = sent_together(z, leaves, vectors, last) if named else []
-        means = self._means(self.blocks, dict(zip(named, grads, strict=True)), size or len(z))
-        count = len(z)
+        grads = sent_together(z, list(leaves.values()), vectors, last) if leaves else []
+        means = self._means(self.blocks, dict(zip(leaves, grads, strict=True)), size or len(z))
         return {
-            b.name: LayerStatistics(b, count, mean, like=mean, why=_ALONE, used=used)
+            b.name: LayerStatistics(b, len(z), mean, like=mean, why=_ALONE, used=used)
             for b, (mean, used) in zip(self.blocks, means.values(), strict=True)
         }
 

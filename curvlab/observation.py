@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
+from curvlab.finite import joint_norm
 from curvlab.statistics import LayerStatistics
 
 if TYPE_CHECKING:
@@ -61,6 +62,14 @@ class Observation:
         raise CurvlabError(
             'this observation has no "gradient" pass: observe with needs={"gradient", …}'
         )
+
+    @cached_property
+    def gradient_length(self) -> float:
+        """Length of all `gradients` together, once for all who ask; it waits for the device.
+
+        NaN or Inf where an entry is, and where the squares of a block overflow.
+        """
+        return joint_norm(self.gradients.values())
 
     def gradients_of(self, name: str) -> dict[str, Tensor]:
         """Return the gradients of the pass `name`, as of `gradients`."""
