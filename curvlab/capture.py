@@ -370,11 +370,8 @@ class Capture(Hearing):
     def _means(
         self, blocks: Sequence[Block], sums: Mapping[str, Tensor | None], size: int
     ) -> dict[str, tuple[Tensor, bool]]:
-        """Return {block: (mean gradient, whether the pass reached it)} of parameters' own sums.
-
-        The gradient is zero where there is none.
-        """
-        found, scale = {}, 1 / size
+        """Return {block: (mean gradient, 0 where none; whether the pass reached it)} of sums."""
+        found, whole, scale = {}, dict[str, Tensor](), 1 / size
         for block in blocks:
             each, used = dict[str, Tensor](), False
             for name in block.params:
@@ -382,7 +379,7 @@ class Capture(Hearing):
                 each[name] = self._sum(d, name)
                 used = used or d is not None or not self.parameters[name].requires_grad
             if block.layer is None or not block.biased:
-                mean = block.gather(each) * scale
+                mean = whole[block.name] = block.gather(each)
             elif each[block.params[0]].numel() < _SMALL:
                 mean = block.gather(each).mul_(scale)  # a copy
             else:
@@ -390,7 +387,8 @@ class Capture(Hearing):
                 torch.mul(block.gather_weight(each), scale, out=mean[:, :-1])
                 torch.mul(each[block.params[1]], scale, out=mean[:, -1])
             found[block.name] = mean, used
-        return found
+        means = torch._foreach_mul(list(whole.values()), scale) if whole else []
+        return found | {name: (m, found[name][1]) for name, m in zip(whole, means, strict=True)}
 
     def _sum(self, d: Tensor | None, name: str) -> Tensor:
         if d is None:

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvlab.autograd import edge_of
+from curvlab.control_flow import CONTROL_FLOW
 from curvlab.derivatives import weight_norm
 from curvlab.functions import COMPOSITE, FUNCTIONS, REORDERING, TRANSPOSITIONS, Rule, indexed
 from curvlab.layers import Block
@@ -61,6 +62,7 @@ class _Listener(TorchFunctionMode):
             else weight_norm
         )
         if opened is not None:
+            hearing.branches = hearing.branches or func in CONTROL_FLOW
             with self:
                 return opened(*args, **kwargs)
         if "generator" in kwargs:
@@ -108,6 +110,7 @@ class Hearing:
         self.calls: list[Any] = []  # functions that ran, and their outputs' shapes
         self.trace = 0  # a hash of these
         self.reorders = False  # whether rows were taken by the numbers of a tensor
+        self.branches = False  # whether an operator of torch's compiler ran, such as a scan
         self._void: dict[
             Node, tuple[Node, ...]
         ] = {}  # calls with no row: {their output: what lies beyond}

@@ -61,6 +61,7 @@ class Looks(Independence):
         x: Batched,
         buffers: dict[str, Tensor] | None = None,
         heard: AbstractContextManager[Any] | None = None,
+        plain: bool = False,
     ) -> Tensor:
         model = self.objective.model
         exact = self.stream == "exact"
@@ -68,7 +69,7 @@ class Looks(Independence):
         try:
             with (
                 self.objective.expendable.handed(x, model.training) as given,
-                eager(alone=heard is None and not exact),
+                eager(alone=not plain and heard is None and not exact),
                 surrounding(),
                 way,
                 nullcontext() if heard is None else heard,
@@ -200,7 +201,8 @@ class Looks(Independence):
         capture.mask = objective.interface.places(x)
         with derivatives(), self._same_chance(own, quiet is not None):
             z = self._forward(x, buffers, capture)
-            if quiet is None and own and not again and not capture.generators and not self._drew():
+            fresh = quiet is None and own and not again
+            if fresh and not (capture.generators or capture.branches or self._drew()):
                 objective.quiet[key] = capture.trace
             elif quiet != capture.trace:
                 objective.quiet.pop(key, None)
@@ -239,7 +241,8 @@ class Looks(Independence):
             self.objective.parameters,
         )
         with derivatives():
-            z = self._forward(self.x, None if move_buffers else self._own_buffers(True))
+            buffers = None if move_buffers else self._own_buffers(True)
+            z = self._forward(self.x, buffers, plain=True)  # as the heard one has shown
         self._check_same(z)
         return z, capture
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvlab.curvature.mixing import Mix
 from curvlab.errors import unknown
 from curvlab.groups import check_momentum
+from curvlab.system.memory import portions
 
 MomentumKind = Literal["add", "average", "corrected", "nesterov", "directions"]
 """m ← β m + g (thesis chapters 3 and 4); m ← β m + (1 − β) g (chapter 2); the average divided by 1
@@ -62,28 +63,19 @@ class Momentum:
         divisor = 1 - self.beta**self.steps if self.kind == "corrected" else 1.0
         known_mix = self.kind not in ("nesterov", "directions")
         self.mix = Mix(self.beta, new, divisor, self.steps) if known_mix else None
-        found = dict[str, Tensor]()
-        for some in self._portions(gradients):
-            self._enter(some, new)
-            if self.kind == "nesterov":
-                held = [self.buffers[name] for name in some]
-                ahead = torch._foreach_lerp(list(some.values()), held, self.beta)
-                found |= dict(zip(some, ahead, strict=True))
         if self.kind == "nesterov":
+            found = dict[str, Tensor]()
+            for some in portions(gradients.items(), lambda item: item[1]):
+                names, each = [name for name, _ in some], [g for _, g in some]
+                self._enter(dict(some), new)
+                ahead = torch._foreach_lerp(each, [self.buffers[n] for n in names], self.beta)
+                found |= dict(zip(names, ahead, strict=True))
             return found
+        self._enter(gradients, new)
         if divisor == 1:  # of "corrected" too, after 350 steps of β = 0.9
             return dict(self.buffers)
         corrected = torch._foreach_div(list(self.buffers.values()), divisor)
         return dict(zip(self.buffers, corrected, strict=True))
-
-    def _portions(self, gradients: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Return the gradients as they are gone through: block by block what reads them twice.
-
-        A block fits a processor's cache, where all together may not.
-        """
-        if self.kind != "nesterov" or any(g.device.type != "cpu" for g in gradients.values()):
-            return [gradients]
-        return [{name: g} for name, g in gradients.items()]
 
     def _enter(self, gradients: dict[str, Tensor], new: float) -> None:
         """Let gradients enter their blocks' buffers with this weight."""

@@ -121,7 +121,8 @@ class Objective:
         self.glimpses: dict[Hashable, Form] = {}  # of two examples, for sizes alone
         self.laws: dict[Hashable, Law] = {}
         self.expendable = Expendable()
-        self.quiet: dict[Hashable, int] = {}  # forms, and their traces, that draw no random number
+        # forms that draw no random number, and run no operator of torch's compiler: their traces
+        self.quiet: dict[Hashable, int] = {}
         self.steady: dict[
             Hashable, float
         ] = {}  # how far two looks at one minibatch differ though nothing moved

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvlab.layers import Block
 from curvlab.objective import Objective
+from curvlab.system.memory import portions
 
 Decay = Callable[[Tensor], float] | float
 """Weight decay γ of a parameter, or of all."""
@@ -34,15 +35,21 @@ def move(
         decay: γ, to the bit as where `decayed` has added it; 0 where it is in the direction.
     """
     parameters = objective.parameters
+    alike: dict[tuple[float, float], list[tuple[Tensor, Tensor]]] = {}  # (W, p) by (α, γ)
+    for block in objective.blocks:
+        for name, p in block.scatter(direction[block.name]).items():
+            w = parameters[name]
+            rate = rate_of(w, lr)
+            if rate:
+                alike.setdefault((rate, decay_of(w, decay)), []).append((w, p))
     with torch.no_grad():
-        for block in objective.blocks:
-            for name, d in block.scatter(direction[block.name]).items():
-                w = parameters[name]
-                rate = rate_of(w, lr)
-                if rate:
-                    more = decay_of(w, decay)
-                    d = torch.add(d, w, alpha=more) if more else d
-                    w.add_(d if where is None else torch.where(where, d, 0.0), alpha=-rate)
+        for (rate, more), pairs in alike.items():
+            for some in portions(pairs, lambda pair: pair[0]):
+                W, d = [w for w, _ in some], [p for _, p in some]
+                d = list(torch._foreach_add(d, W, alpha=more)) if more else d
+                # one by one: under a mode, or on a GPU, `_foreach_add_` counts as no write
+                for weight, p in zip(W, d, strict=True):
+                    weight.add_(p if where is None else torch.where(where, p, 0.0), alpha=-rate)
 
 
 def arrive(

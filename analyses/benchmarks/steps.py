@@ -136,6 +136,13 @@ def gpt() -> tuple[cl.Objective, list[tuple[Tensor, Tensor]]]:
 PROBLEMS = {"autoencoder": autoencoder, "vgg": vgg, "gpt-small": gpt}
 
 
+def forward_and_backward(objective: cl.Objective, x: Tensor, y: Tensor) -> None:
+    """As a plain loop goes, without curvlab."""
+    objective.model.zero_grad()
+    loss: Tensor = objective.likelihood.loss(objective.model(x), y).mean()
+    loss.backward()
+
+
 def timed(step: Callable[..., object], period: int = 1) -> float:
     """Mean seconds of `period` steps in a row, or the median of five where the period is 1; the
     first steps are not counted.
@@ -307,7 +314,7 @@ def run(problem: str, flops: float) -> None:
     def plain(
         i: int, of: cl.Objective = objective, among: list[tuple[Tensor, Tensor]] = batches
     ) -> None:
-        of.closure(*among[i % 4])()
+        forward_and_backward(of, *among[i % 4])
 
     # again after every method: neighbours of the machine make it slower and faster
     bases = [timed(plain)]
@@ -419,7 +426,7 @@ def peers(problem: str, show: Callable[[str, Callable[[int], object], int, float
         optimizers = make(objective.model)
 
         def step(i: int) -> None:
-            objective.closure(*batches[i % 4])()
+            forward_and_backward(objective, *batches[i % 4])
             for optimizer in optimizers:
                 optimizer.step()
 

@@ -6,6 +6,7 @@ Legend: O rows, I columns, K the smaller of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -120,6 +121,7 @@ def newton_schulz_bfloat16(
     return [next(each[kind]) for kind in tall]
 
 
+@cache
 def _multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether a device multiplies bfloat16 itself.
 
