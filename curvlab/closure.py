@@ -317,7 +317,8 @@ class Closure(Looks):
                 continue  # they are one
             if name == "plain":
                 vectors = torch.autograd.grad(loss, outputs, retain_graph=True)[0][None]
-                passes[name] = capture.gradients(z, vectors, 1, last=last)
+                with self.as_heard():
+                    passes[name] = capture.gradients(z, vectors, 1, last=last)
                 continue
             shared = name == "apart" and max(self.form_of_look.places.values(), default=1) > 1
             if name == "apart" and "exact" in passes and not shared:
@@ -344,7 +345,8 @@ class Closure(Looks):
                 vectors = each[0][None] if draws == 1 else torch.stack(each) / draws**0.5
             guard_pass(capture, vectors)
             if name == "gradient" and (unheard or all(map(capture.fine, self.objective.blocks))):
-                passes[name] = capture.gradients(z, vectors, last=last)
+                with self.as_heard():
+                    passes[name] = capture.gradients(z, vectors, last=last)
             elif shared:
                 passes[name] = pass_of_vectors(capture, z, vectors)
             else:

@@ -8,6 +8,7 @@ signatures, below the functions that users call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -67,3 +68,13 @@ CONTROL_FLOW: dict[Any, Callable[..., Any]] = {
     torch.ops.higher_order.map_impl: map_rows,
 }
 """{operator: the same in Python}"""
+
+
+def raised_by_operator(error: BaseException | None) -> bool:
+    """Return whether an error, or one that led to it, comes from within an operator of torch's."""
+    while error is not None:
+        frames = (frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__))
+        if any("_higher_order_ops" in name for name in frames):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

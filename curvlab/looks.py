@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from curvlab.capture import Capture
+from curvlab.control_flow import raised_by_operator
 from curvlab.derivatives import around, derivatives, differentiable, surrounding
 from curvlab.errors import CurvlabError, lacks_memory
 from curvlab.finite import all_finite
 from curvlab.forms import Form, Report, prove_form, unseen
 from curvlab.independence import Independence, some_rows
-from curvlab.nests import Batched, call_arguments, described
+from curvlab.nests import Batched, call_arguments, described, times_written
 from curvlab.observation import Stream
 from curvlab.second_looks import QUIET
 from curvlab.strangers import WRAP, beyond_a_table, called, eager, mixes
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 _NOT_LOADED = (
     "the model calls an operator of torch's compiler (torch.cond, scan), which was not loaded yet:"
     " import torch._dynamo before"
+)
+_NOT_MET = (
+    "the model calls an operator of torch's compiler (torch.cond, scan), which it did not at its"
+    " first look at such a minibatch; nothing was moved: take the step again, or call it each time"
 )
 
 
@@ -242,9 +247,41 @@ class Looks(Independence):
         )
         with derivatives():
             buffers = None if move_buffers else self._own_buffers(True)
-            z = self._forward(self.x, buffers, plain=True)  # as the heard one has shown
+            z = self._without_operators(buffers)
         self._check_same(z)
         return z, capture
+
+    def _without_operators(self, buffers: dict[str, Tensor] | None) -> Tensor:
+        """Return the outputs of a form that met no operator of torch's compiler when it was heard.
+
+        To look out for them costs every call of the model. What fails is heard again, at once or,
+        where it has written on buffers, at the next step.
+        """
+        every = (b for module in self.objective.modules for b in module._buffers.values())
+        own = [b for b in every if b is not None]
+        before = times_written(own)
+        try:
+            return self._forward(self.x, buffers, plain=True)
+        except Exception:
+            self.objective.quiet.pop(self._key(self.x), None)
+            if times_written(own) != before:
+                raise
+        return self._forward(self.x, buffers)
+
+    @contextmanager
+    def as_heard(self) -> Iterator[None]:
+        """Go back through such a form.
+
+        Raises:
+            CurvlabError: an operator was met after all, which has no derivative of its own.
+        """
+        try:
+            yield
+        except Exception as error:
+            if raised_by_operator(error):
+                self.objective.quiet.pop(self._key(self.x), None)
+                raise CurvlabError(_NOT_MET) from error
+            raise
 
     def _settle(self, z: Tensor, capture: Capture, x: Tensor, known_key: Hashable) -> Form:
         """Return the ways of all blocks: as known of this form, or as a first look shows them."""

@@ -174,6 +174,28 @@ def test_every_method(name: str, of: str) -> None:
     assert all(map(near, *ended))
 
 
+@pytest.mark.parametrize("of", ["cond", "scan", "map", "while_loop", "associative_scan"])
+def test_an_operator_that_comes_later(of: str) -> None:
+    """It was not there at the first look, and nobody listens to a gradient alone any more: the
+    right step, or one line and then the right step.
+    """
+    operator, plain = PAIRS[of]
+    come = False
+    ways = (plain, lambda layer, x: (operator if come else plain)(layer, x))
+    objectives = [cl.Objective(Sequences(way), cl.likelihoods.Categorical()) for way in ways]
+    optimizers = [cl.optimizer("sgd-m", objective, lr=1e-2) for objective in objectives]
+    for seed in range(5):
+        come = seed > 2
+        for objective, optimizer in zip(objectives, optimizers, strict=True):
+            try:
+                optimizer.step(objective.closure(*data(seed)))
+            except CurvlabError as error:
+                if seed != 3 or "take the step again" not in str(error):
+                    raise
+                optimizer.step(objective.closure(*data(seed)))
+    assert all(map(near, *(list(o.parameters.values()) for o in objectives)))
+
+
 def test_a_compiler_that_is_not_loaded_yet() -> None:
     """One line, whose remedy works."""
     code = """
