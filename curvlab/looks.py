@@ -255,16 +255,17 @@ class Looks(Independence):
         """Return the outputs of a form that met no operator of torch's compiler when it was heard.
 
         To look out for them costs every call of the model. What fails is heard again, at once or,
-        where it has written on buffers, at the next step.
+        where it has written on inputs or buffers, at the next step.
         """
         every = (b for module in self.objective.modules for b in module._buffers.values())
-        own = [b for b in every if b is not None]
+        own = [self.x, *(b for b in every if b is not None)]
         before = times_written(own)
         try:
             return self._forward(self.x, buffers, plain=True)
-        except Exception:
+        except Exception as error:
             self.objective.quiet.pop(self._key(self.x), None)
-            if times_written(own) != before:
+            ours = isinstance(error, CurvlabError) and not raised_by_operator(error)
+            if ours or times_written(own) != before:
                 raise
         return self._forward(self.x, buffers)
 
