@@ -265,7 +265,7 @@ class Looks(Independence):
         except Exception as error:
             self.objective.quiet.pop(self._key(self.x), None)
             ours = isinstance(error, CurvlabError) and not raised_by_operator(error)
-            if ours or times_written(own) != before:
+            if ours or lacks_memory(error) or times_written(own) != before:
                 raise
         return self._forward(self.x, buffers)
 
