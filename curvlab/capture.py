@@ -361,9 +361,10 @@ class Capture(Hearing):
         if z.grad_fn is None:
             raise CurvlabError(_NO_GRAPH)
         grads = sent_together(z, list(leaves.values()), vectors, last) if leaves else []
-        means = self._means(self.blocks, dict(zip(leaves, grads, strict=True)), size or len(z))
+        count = len(z)
+        means = self._means(self.blocks, dict(zip(leaves, grads, strict=True)), size or count)
         return {
-            b.name: LayerStatistics(b, len(z), mean, like=mean, why=_ALONE, used=used)
+            b.name: LayerStatistics(b, count, mean, like=mean, why=_ALONE, used=used)
             for b, (mean, used) in zip(self.blocks, means.values(), strict=True)
         }
 

@@ -190,6 +190,34 @@ def test_directions_made_together_are_those_of_the_operators() -> None:
         assert_near(direction, found[name], 1e-12)
 
 
+@pytest.mark.parametrize("method", ["muon", "soap", "kl-shampoo", "asgo"])
+def test_vectors_that_go_by_adam_together_have_the_bits_of_their_diagonals(method: str) -> None:
+    """Norms and, of Muon, a table, which is too long to be short."""
+    torch.manual_seed(0)
+    layers = [nn.Embedding(5000, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3))
+    objective = cl.Objective(model, cl.likelihoods.Gaussian())
+    curvature = cl.approximation(method, objective)
+    x = torch.randint(6, (5, 2))
+    for step in range(2):
+        observation = objective.closure(x, normal(5, 3).float()).observe(curvature.needs)
+        curvature.update(observation)
+        momenta = {name: g * (step + 1) for name, g in observation.gradients.items()}
+        curvature.heed(momenta)  # type: ignore[attr-defined]
+        found = curvature.precondition(momenta)
+        apart = [b for b in objective.blocks if curvature.blocks[b.name].part is None]  # type: ignore[attr-defined]
+        assert len(apart) == 2 + (method == "muon")
+        for block in apart:
+            m, v = momenta[block.name], curvature.blocks[block.name].rest  # type: ignore[attr-defined]
+            epsilon = curvature.blocks[block.name]._beside(curvature.damping)  # type: ignore[attr-defined]
+            diagonal = v.sqrt().add_(epsilon).reciprocal_()
+            assert torch.equal(found[block.name], (diagonal * m.flatten()).view(m.shape))
+            assert torch.equal(curvature.inverse[block.name].diag(), diagonal)
+        others = {name: m.clone() for name, m in momenta.items()}
+        for name, direction in curvature.precondition(others).items():
+            assert_near(direction, found[name], 1e-4)
+
+
 @pytest.mark.parametrize(
     "shapes", [[(400, 420)], [(784, 500)], [(6, 9), (9, 6), (6, 9)], [(65, 64), (64, 65), (64, 65)]]
 )

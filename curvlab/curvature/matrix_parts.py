@@ -25,6 +25,8 @@ from curvlab.statistics import LayerStatistics, Reads
 
 _log = logging.getLogger(__name__)
 
+_SHORT = 1 << 14  # numbers of a vector on which a call costs more than the arithmetic
+
 
 class MatrixPart(Protocol):
     """A method's statistics of one weight [O, I], and its operator on the row-major flattening."""
@@ -111,6 +113,7 @@ class WithDiagonal(BlockDefaults):
         self._estimating, self._straight, self._mixing = estimating, straight, mixing
         self._folded: Tensor | None = None  # the gradient of the last update
         self._heeded: Tensor | None = None  # the momentum, where there is a straight way
+        self._along: Tensor | None = None  # its direction, made together with others'
         self.rest: Tensor | None = None  # v of what is no matrix
         self._of_rest: Operator | None = None  # diag(1 / (√v + ε)), unless it is still to be made
         self._to_invert: tuple[Tensor, float] | None = None  # of these v and λ
@@ -161,24 +164,25 @@ class WithDiagonal(BlockDefaults):
             matrix, _ = self._apart(momentum)
             assert matrix is not None
             self.part.heed(matrix, damping)
-        if self._straight is not None:
-            self._heeded = momentum
-        self._folded = None
+        short = self.part is None and momentum.numel() <= _SHORT
+        self._heeded = momentum if short or self._straight is not None else None
+        self._folded = self._along = None
 
     def direction_of(self, momentum: Tensor) -> Tensor | None:
         """Return the direction of the momentum heeded last, the weight's by its straight way."""
-        if self._straight is None or momentum is not self._heeded:
-            return None
+        if momentum is not self._heeded or self._straight is None:
+            return self._along if momentum is self._heeded else None
         weight = self._straight.direction
         if not self.block.biased:
-            return weight.reshape(momentum.shape)
+            return weight if weight.shape == momentum.shape else weight.reshape(momentum.shape)
         diagonal = self._inverse_of_rest()
         assert diagonal is not None
         return torch.cat([weight, (diagonal @ momentum[:, -1])[:, None]], 1)
 
     @staticmethod
     def together(blocks: Sequence[Any]) -> None:
-        """Let straight parts of one class do their work together."""
+        """Let straight parts of one class, and short vectors, do their work together."""
+        _follow_diagonals([b for b in blocks if b.part is None and b._heeded is not None])
         by_class: dict[type[Straight], list[Straight]] = {}
         for block in blocks:
             if block._straight is not None:
@@ -255,6 +259,26 @@ class WithDiagonal(BlockDefaults):
             return weight
         outputs, inputs = self.block.shape
         return ColumnSum(outputs, (inputs - 1, 1), (weight, rest))
+
+
+def _follow_diagonals(blocks: Sequence[WithDiagonal]) -> None:
+    """Make the directions of blocks without a part, each to the bit as by its own diagonal."""
+    to_invert: dict[float, list[WithDiagonal]] = {}
+    for block in blocks:
+        if block._to_invert is not None:
+            to_invert.setdefault(block._beside(block._to_invert[1]), []).append(block)
+    for epsilon, some in to_invert.items():
+        roots = torch._foreach_sqrt([b._to_invert[0] for b in some if b._to_invert is not None])
+        torch._foreach_add_(roots, epsilon)
+        torch._foreach_reciprocal_(roots)
+        for block, root in zip(some, roots, strict=True):
+            block._of_rest, block._to_invert = Diagonal(root), None
+    known = [(b, b._of_rest.values, b._heeded) for b in blocks if isinstance(b._of_rest, Diagonal)]
+    momenta = [m for _, _, m in known if m is not None]
+    if known:
+        made = torch._foreach_mul([m.flatten() for m in momenta], [d for _, d, _ in known])
+        for (block, _, _), m, direction in zip(known, momenta, made, strict=True):
+            block._along = direction.view(m.shape)
 
 
 def weight_shape(block: Block) -> tuple[int, int]:
