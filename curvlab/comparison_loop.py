@@ -85,6 +85,8 @@ def _follow(
     every = settings.every
     curvatures = {name: d.curvature for name, d in descents.items()}
     with_defaults(curvatures[settings.reference]).rate = settings.rate
+    for name, curvature in curvatures.items():
+        with_defaults(curvature).apart = name != settings.reference
     check_probes(list(asked(settings.probes, "compare")), curvatures)
     clock = clock_of(objective.device)
     reference = settings.reference

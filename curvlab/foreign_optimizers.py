@@ -6,7 +6,6 @@ takes an algorithm's name takes theirs.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,17 @@ from curvlab.curvature.overall_damping import fixed
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.curvature.shadow import Shadow, Shadowed
 from curvlab.errors import CurvlabError, real, shown, some_of, unknown
+from curvlab.foreign_kinds import (
+    MARK,
+    check_follows,
+    check_kinds,
+    constructor_options,
+    in_groups,
+    is_marked,
+    one_line,
+    refused_options,
+    steps_on,
+)
 from curvlab.objective import Objective
 from curvlab.own_models import module_of
 
@@ -42,16 +52,18 @@ class Foreign(WholeVector):
     Args:
         kind: its class.
         title: its name.
+        marked: whether it takes no parameters, but groups of them with `foreign_kinds.MARK`.
     """
 
     kind: type[torch.optim.Optimizer] = field(kw_only=True)
     title: str = field(kw_only=True)
+    marked: bool = field(default=False, kw_only=True)
 
     def defaults(self) -> dict[str, Any]:
         """Return {option of its constructor: its value where a user gives none}."""
         found = {
             name: None if p.default is p.empty else p.default
-            for name, p in _options(self.kind).items()
+            for name, p in constructor_options(self.kind).items()
         }
         return found | {"others": SECOND, "others_lr": None} | dict(self.options)
 
@@ -101,26 +113,32 @@ class Foreign(WholeVector):
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return names of the parameters that the optimizer takes, and of those that it does not.
 
-        It is asked about each by itself, on the device "meta".
+        It is asked about each by itself, on the device "meta", and by a step on a small one of as
+        many axes. In marked groups are those with two axes or more.
         """
         options = {k: v for k, v in options.items() if k not in OWN}
-        _check_kinds(self.kind, self.title, options)
-        taken, left = [], []
+        check_kinds(self.kind, self.title, options)
+        taken, left, axes = list[str](), list[str](), dict[int, bool]()
         for name, p in objective.parameters.items():
             empty = nn.Parameter(torch.empty_like(p, device="meta"))
             try:
-                self.kind([empty], **options)
+                self.kind(in_groups([empty], self.marked), **options)
             except (ValueError, NotImplementedError, RuntimeError):
                 left.append(name)
             except TypeError as error:
-                raise CurvlabError(f"options of {self.title}: {_line(error)}") from error
+                raise refused_options(self.title, error) from error
             else:
-                taken.append(name)
+                if p.ndim not in axes:
+                    axes[p.ndim] = not (self.marked and p.ndim < 2) and steps_on(
+                        self.kind, options, self.marked, p.ndim
+                    )
+                (taken if axes[p.ndim] else left).append(name)
         if left and not taken:  # the options themselves, it may be
             try:
-                self.kind([nn.Parameter(torch.zeros(2, 2, device="cpu"))], **options)
+                small = nn.Parameter(torch.zeros(2, 2, device="cpu"))
+                self.kind(in_groups([small], self.marked), **options)
             except Exception as error:
-                raise CurvlabError(f"options of {self.title}: {_line(error)}") from error
+                raise refused_options(self.title, error) from error
         return tuple(taken), tuple(left)
 
     def about(self, objective: Objective, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +151,8 @@ class Foreign(WholeVector):
             "options": {k: repr(v) for k, v in options.items() if k not in OWN},
             "takes": list(taken),
         }
+        if self.marked:
+            found["groups"] = f"{MARK}=True"
         if left:
             found |= {"others": options.get("others", SECOND), "others_take": list(left)}
         return found
@@ -140,28 +160,26 @@ class Foreign(WholeVector):
     def _maker(
         self, options: Mapping[str, Any]
     ) -> Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]:
-        return partial(_made, self.kind, dict(options), self.title)
+        return partial(_made, self, dict(options))
 
 
 def _made(
-    kind: type[torch.optim.Optimizer],
-    options: Mapping[str, Any],
-    title: str,
-    parameters: Sequence[nn.Parameter],
+    entry: Foreign, options: Mapping[str, Any], parameters: Sequence[nn.Parameter]
 ) -> torch.optim.Optimizer:
     try:
-        return kind(list(parameters), **options)
+        return entry.kind(in_groups(parameters, entry.marked), **options)
     except Exception as error:
-        raise CurvlabError(f"options of {title}: {_line(error)}") from error
+        raise refused_options(entry.title, error) from error
 
 
 def _refusal(entry: Foreign, objective: Objective) -> str:
     p = next(iter(objective.parameters.values()))
     try:
-        entry.kind([nn.Parameter(torch.empty_like(p, device="meta"))], **entry.options)
+        empty = nn.Parameter(torch.empty_like(p, device="meta"))
+        entry.kind(in_groups([empty], entry.marked), **entry.options)
     except Exception as error:
-        return _line(error)
-    return "no reason given"
+        return one_line(error)
+    return "they are no matrices" if entry.marked else "its step fails on such"
 
 
 def foreign(kind: type[torch.optim.Optimizer], *, name: str | None = None, **options: Any) -> str:
@@ -183,7 +201,7 @@ def foreign(kind: type[torch.optim.Optimizer], *, name: str | None = None, **opt
 
     Raises:
         CurvlabError: no such class; an optimizer that needs a closure, the graph, or the weights'
-            own history; options that it refuses.
+            own history, or has no learning rate; options that it refuses.
     """
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise CurvlabError(f"foreign takes a class of torch.optim.Optimizer, not {shown(kind)}")
@@ -224,19 +242,13 @@ def _imported(name: str) -> type[torch.optim.Optimizer]:
     return found
 
 
-def _options(kind: type[torch.optim.Optimizer]) -> dict[str, inspect.Parameter]:
-    """Return the parameters of its constructor beside the model's, by name."""
-    found = list(inspect.signature(kind.__init__).parameters.values())[2:]
-    return {p.name: p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-
-
 def rate_of_entry(entry: Foreign, options: Mapping[str, Any]) -> float:
     """Return the learning rate of an optimizer: the user's, or its own default.
 
     Raises:
         CurvlabError: it has none, or one that is no number above 0.
     """
-    default = _options(entry.kind).get("lr")
+    default = constructor_options(entry.kind).get("lr")
     lr = options.get("lr", None if default is None else default.default)
     if isinstance(lr, Tensor):
         lr = float(lr)
@@ -249,10 +261,11 @@ def rate_of_entry(entry: Foreign, options: Mapping[str, Any]) -> float:
 
 
 def _entry(kind: type[torch.optim.Optimizer], name: str, options: Mapping[str, Any]) -> Algorithm:
-    given = {k: v for k, v in options.items() if k not in OWN}
-    builds = Foreign(Shadow, options=dict(options), kind=kind, title=name)
-    lr = rate_of_entry(builds, given)
-    _try(kind, name, {**given})
+    own = {k: v for k, v in options.items() if k not in OWN}
+    marked = is_marked(kind, own)
+    builds = Foreign(Shadow, options=dict(options), kind=kind, title=name, marked=marked)
+    lr = rate_of_entry(builds, own)
+    check_follows(kind, name, own, marked)
     return Algorithm(
         summary=f"{kind.__module__}.{kind.__qualname__}: direction of its own step",
         source=_source(kind),
@@ -270,60 +283,3 @@ def _source(kind: type[torch.optim.Optimizer]) -> str:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
         return kind.__module__
-
-
-def _check_kinds(kind: type[torch.optim.Optimizer], title: str, options: Mapping[str, Any]) -> None:
-    """Raise CurvlabError for an option that is of another kind than its default in the class."""
-    for name, parameter in inspect.signature(kind).parameters.items():
-        default, value = parameter.default, options.get(name, parameter.default)
-        wanted = ""
-        if isinstance(default, bool) and not isinstance(value, bool):
-            wanted = "true or false"
-        elif isinstance(default, float | int) and isinstance(value, str | tuple | list):
-            wanted = f"a number, such as {default}"
-        elif isinstance(default, tuple) and len(default) != (
-            len(value) if isinstance(value, tuple | list) else 0
-        ):
-            wanted = f"{len(default)} values, such as {default}"
-        if wanted:
-            raise CurvlabError(f"options of {title}: {name} takes {wanted}, not {value!r}")
-
-
-def _try(kind: type[torch.optim.Optimizer], name: str, options: Mapping[str, Any]) -> None:
-    """Raise CurvlabError for an optimizer that cannot follow another's weights, with the reason."""
-    closure = inspect.signature(kind.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise CurvlabError(
-            f"{name} needs a closure that computes the loss again at other weights: it cannot"
-            " follow weights and gradients that it is given"
-        )
-    if callable(getattr(kind, "train", None)) and callable(getattr(kind, "eval", None)):
-        raise CurvlabError(
-            f"{name} steps on weights of its own beside the model's (it has train() and eval()):"
-            " its direction at given weights is not defined"
-        )
-    _check_kinds(kind, name, options)
-    weight = nn.Parameter(torch.linspace(1.0, 2.0, 12, device="cpu").view(4, 3))
-    before = weight.detach().clone()
-    try:
-        optimizer = kind([weight], **options)
-    except Exception as error:
-        raise CurvlabError(f"options of {name}: {_line(error)}") from error
-    weight.grad = torch.linspace(-1.0, 1.0, 12, device="cpu").view(4, 3).sin()
-    try:
-        optimizer.step()
-    except Exception as error:
-        line = _line(error)
-        graph = any(word in line for word in ("graph", "grad_fn", "does not require grad"))
-        why = "needs the graph of the loss" if graph else "fails on a plain gradient"
-        raise CurvlabError(f"{name} {why}, which a follower does not have: {line}") from error
-    for key, value in optimizer.state[weight].items():
-        if isinstance(value, Tensor) and value.shape == before.shape and torch.equal(value, before):
-            raise CurvlabError(
-                f"{name} keeps the weights' own history (its state '{key}'): it cannot follow"
-                " another's weights"
-            )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -22,6 +22,7 @@ from torch import Tensor
 from curvlab.closure import Closure
 from curvlab.comparison_loop import log_samples, tell_of_loss
 from curvlab.comparison_settings import CompareSettings
+from curvlab.curvature.base import with_defaults
 from curvlab.derivatives import precise
 from curvlab.errors import CurvlabError, Diverged, warn
 from curvlab.logs.log import Log
@@ -214,6 +215,8 @@ class Looker:
     def _open(self, size: int) -> None:
         """Make descents and log, which want to know the size of minibatches."""
         self._descents = self.settings.descents(self.objective, size)
+        for descent in self._descents.values():
+            with_defaults(descent.curvature).apart = True
         self._alive = dict(self._descents)
         names = [*self.watched, *self._descents]
         log = self.settings.log(self.objective, size, self.path, [self.objective.seed], self.about)

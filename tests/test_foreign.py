@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,143 @@ class NoRate(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
 
+class NoRateInGroups(torch.optim.Optimizer):
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"speed": lr})
+
+
+class Mean(torch.optim.SGD):
+    """Pulled to the mean of the weights that it has seen, which is never one of them."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["mean"] = self.state[p].get("mean", 0.5 * p).lerp(p, 0.1)
+                    p.lerp_(self.state[p]["mean"], 0.1)
+
+
+class Scaled(torch.optim.SGD):
+    """Norms of weights are in its momentum, as of LARS, and chance, and a decay."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.1) -> None:
+        super().__init__(params, lr, momentum=0.9, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(p.norm() * torch.rand_like(p) * random.random())
+        return super().step()
+
+
+class MovesItsRate(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        for group in self.param_groups:
+            group["lr"] *= 0.8
+
+
+class MatricesAlone(torch.optim.SGD):
+    """Says what it takes in its step, as many a Muon."""
+
+    def step(self, closure: Any = None) -> Any:
+        assert all(p.ndim == 2 for group in self.param_groups for p in group["params"])
+        return super().step()
+
+
+class MarkedGroups(torch.optim.SGD):
+    """Takes groups that say whether they are matrices, as Muons with an Adam beside do."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        if not all(isinstance(group, dict) and "use_muon" in group for group in params):
+            raise TypeError("groups without use_muon")
+        super().__init__(params, lr)
+
+
+class FailsLater(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            _ = 1 / (20 - group["steps"])
+        return super().step()
+
+
+def stepped(kind: Any, data: list[Any], **options: Any) -> nn.Module:
+    objective = cl.Objective(network(), cl.likelihoods.Categorical())
+    optimizer = cl.optimizer(cl.foreign(kind, **options), objective)
+    for x, y in data:
+        optimizer.step(objective.closure(x, y))
+    return objective.model
+
+
+def test_an_optimizer_may_move_its_own_rate() -> None:
+    """A schedule's writes over it, as in a loop; a saved state goes on from where it was."""
+    called = cl.foreign(MovesItsRate, lr=0.1)
+    objectives = [cl.Objective(network(), cl.likelihoods.Categorical()) for _ in range(2)]
+    optimizers = [cl.optimizer(called, objective) for objective in objectives]
+    expected = network()
+    plain = MovesItsRate(expected.parameters(), lr=0.1)
+    for number, (x, y) in enumerate(batches(6)):
+        if number == 2:
+            objectives[1].model.load_state_dict(objectives[0].model.state_dict())
+            optimizers[1].load_state_dict(optimizers[0].state_dict())
+        which = int(number >= 2)
+        if number == 4:
+            plain.param_groups[0]["lr"] = optimizers[1].param_groups[0]["lr"] = 0.05
+        optimizers[which].step(objectives[which].closure(x, y))
+        looped(expected, [plain], [(x, y)])
+    assert plain.param_groups[0]["lr"] == pytest.approx(0.05 * 0.8**2)
+    assert same(expected, objectives[1].model)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not take.*")
+@pytest.mark.parametrize("kind", [MatricesAlone, MarkedGroups])
+def test_vectors_go_to_a_second_one_whoever_says_so(kind: Any) -> None:
+    found = stepped(kind, batches(), lr=0.1)
+    expected = network()
+    matrices = [p for p in expected.parameters() if p.ndim == 2]
+    rest = [p for p in expected.parameters() if p.ndim != 2]
+    plain = [torch.optim.SGD(matrices, lr=0.1), torch.optim.AdamW(rest)]
+    assert same(found, looped(expected, plain, batches()))
+
+
+def test_an_optimizer_that_fails_later_is_one_line() -> None:
+    with pytest.raises(cl.CurvlabError, match="FailsLater fails in its step: division by zero"):
+        stepped(FailsLater, batches(20))
+
+
+def test_norms_decay_and_chance_are_no_history() -> None:
+    random.seed(3)
+    found = stepped(Scaled, batches())
+    random.seed(3)
+    expected = network()  # seeds torch's generator, as for the other
+    plain: list[torch.optim.Optimizer] = [Scaled(expected.parameters())]
+    assert same(found, looped(expected, plain, batches()))
+
+
+def test_a_member_that_draws_leaves_the_others_their_numbers() -> None:
+    def losses(*algorithms: str) -> tuple[Tensor, Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.5), nn.Linear(7, 3))
+        objective = cl.Objective(model, cl.likelihoods.Categorical())
+        torch.manual_seed(4)
+        run = cl.compare(objective, batches(), algorithms=algorithms, reference="kfac")
+        return torch.as_tensor(run.dataset["loss"].values), run.dataset["direction_norm"]
+
+    drawing = cl.foreign(Scaled)
+    alone, _ = losses("adam")
+    for algorithms in ([drawing, "adam"], ["adam", drawing]):
+        found, norms = losses(*algorithms)
+        assert torch.equal(alone, found)
+        # and its own numbers are others at every step, the same in every company
+        own = torch.as_tensor(norms.sel(algorithm=drawing).values)
+        assert torch.equal(own, torch.as_tensor(losses(drawing)[1].sel(algorithm=drawing).values))
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -321,7 +459,9 @@ class NoRate(torch.optim.Optimizer):
         (lambda: cl.foreign(NeedsGraph), "needs the graph of the loss"),
         (lambda: cl.foreign(KeepsWeights), "keeps the weights' own history (its state 'slow')"),
         (lambda: cl.foreign(Averages), "steps on weights of its own beside the model's"),
+        (lambda: cl.foreign(Mean), "Mean keeps the weights' own history: it cannot follow"),
         (lambda: cl.foreign(NoRate), "has no learning rate of its own"),
+        (lambda: cl.foreign(NoRateInGroups), "keeps no learning rate in its groups"),
         (lambda: cl.foreign(torch.optim.SGD, lr=-1.0), "lr of torch:SGD"),
         (lambda: cl.foreign(torch.optim.SGD, lr="fast"), "no learning rate"),
         (lambda: cl.foreign(torch.optim.SGD, speed=1.0), "options of torch:SGD"),

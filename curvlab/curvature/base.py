@@ -265,6 +265,8 @@ class CurvatureDefaults:
     """The pass whose gradient is preconditioned."""
     rate: float | None = None
     """The learning rate of the next step, told before it; None: of no concern."""
+    apart: bool = False
+    """Whether others are compared with it: what draws random numbers then draws its own."""
 
     @property
     def refreshed(self) -> float | None:

@@ -7,7 +7,8 @@ clones, and old − new over its learning rate is the direction. Its state goes 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.curvature.base import CurvatureDefaults, check_algorithm
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, raise_if_out_of_memory
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
+from curvlab.system import random_state
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ class Shadow(CurvatureDefaults):
             part.make([self.clones[key] for key in part.names]) for part in self.parts
         ]
         self._own_rates = [[float(g["lr"]) for g in o.param_groups] for o in self.optimizers]
+        # last written: an optimizer may move its own from there, as beside a scheduler that rests
+        self._rates = copy.deepcopy(self._own_rates)
+        self._drawn: random_state.Chance | None = None
         self._moved = False
 
     # ---- what a curvature does
@@ -136,12 +141,18 @@ class Shadow(CurvatureDefaults):
                     clone.grad = given[name].to(clone.dtype, copy=True) if p.requires_grad else None
         first = self.parts[0].lr
         rate = first if self.rate is None else self.rate
-        for optimizer, own in zip(self.optimizers, self._own_rates, strict=True):
-            for group, lr in zip(optimizer.param_groups, own, strict=True):
-                group["lr"] = rate if lr == first else lr * (rate / first)
+        for optimizer, own, rates in zip(
+            self.optimizers, self._own_rates, self._rates, strict=True
+        ):
+            for number, (group, lr) in enumerate(zip(optimizer.param_groups, own, strict=True)):
+                wanted = rate if lr == first else lr * (rate / first)
+                if wanted != rates[number]:
+                    group["lr"] = rates[number] = wanted
             try:
-                optimizer.step()
-            except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+                with self._chance():
+                    optimizer.step()
+            except Exception as error:
+                raise_if_out_of_memory(error)
                 line = " ".join(str(error).split())[:200]
                 raise CurvlabError(f"{self.name} fails in its step: {line}") from error
         self._moved = True
@@ -156,6 +167,24 @@ class Shadow(CurvatureDefaults):
         return {n: c.detach() for n, c in self.clones.items()} if self._moved else None
 
     # ---- its parts
+
+    @contextmanager
+    def _chance(self) -> Iterator[None]:
+        """Let an optimizer that draws do so as a loop's own does; apart, from numbers of its own.
+
+        Those go on from step to step, and the global generators stay as they are.
+        """
+        if not self.apart:
+            yield
+            return
+        device = self.objective.device
+        with random_state.kept(device):
+            if self._drawn is None:
+                random_state.seed(self.objective.seed)
+            else:
+                random_state.set_states(self._drawn, device)
+            yield
+            self._drawn = random_state.states(device)
 
     def _by_parameter(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -189,6 +218,8 @@ class Shadow(CurvatureDefaults):
         return {
             "algorithm": self.name,
             "optimizers": [copy.deepcopy(o.state_dict()) for o in self.optimizers],
+            "rates": copy.deepcopy(self._rates),
+            "drawn": None if self._drawn is None else self._drawn.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -215,6 +246,11 @@ class Shadow(CurvatureDefaults):
                 optimizer.load_state_dict(one)
             line = " ".join(str(error).split())[:200]
             raise CurvlabError(f"the checkpoint's {self.name} does not fit: {line}") from error
+        # earlier versions wrote theirs at every step
+        written = [[float(g["lr"]) for g in o.param_groups] for o in self.optimizers]
+        self._rates = copy.deepcopy(state.get("rates", written))
+        drawn = state.get("drawn")
+        self._drawn = None if drawn is None else random_state.Chance.of(drawn)
 
 
 def decoupled(group: Mapping[str, Any]) -> float:
