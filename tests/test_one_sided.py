@@ -216,6 +216,14 @@ def test_vectors_that_go_by_adam_together_have_the_bits_of_their_diagonals(metho
         others = {name: m.clone() for name, m in momenta.items()}
         for name, direction in curvature.precondition(others).items():
             assert_near(direction, found[name], 1e-4)
+    curvature.damping = 0.5  # a refresh after it leaves none that was made before
+    curvature.refresh()
+    for block in apart:
+        m = momenta[block.name]
+        again = curvature.precondition(momenta)[block.name]
+        by_operator = (curvature.inverse[block.name] @ m.flatten()).view(m.shape)
+        assert torch.equal(again, by_operator)
+        assert not torch.equal(again, found[block.name])
 
 
 @pytest.mark.parametrize(

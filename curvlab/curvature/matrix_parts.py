@@ -203,7 +203,7 @@ class WithDiagonal(BlockDefaults):
     @inverse.setter
     def inverse(self, value: Operator) -> None:
         """Take a checkpoint's: the weight's operator is the part's again."""
-        self._to_invert = None
+        self._to_invert = self._along = None
         if self.part is None:
             self._of_rest = value
         elif self.block.biased:
@@ -215,7 +215,7 @@ class WithDiagonal(BlockDefaults):
     @inverse.deleter
     def inverse(self) -> None:
         """Forget it, as before the first data."""
-        self._of_rest = self._to_invert = None
+        self._of_rest = self._to_invert = self._along = None
         if self.part is not None:
             del self.part.inverse
 
@@ -244,6 +244,7 @@ class WithDiagonal(BlockDefaults):
         return value[:, :-1], value[:, -1]
 
     def _invert_rest(self, damping: float) -> None:
+        self._along = None
         if self.rest is not None:
             self._to_invert = self.rest, damping
 
