@@ -1,6 +1,7 @@
 """Kinds of optimizers of somebody else's: what one shows of itself on a small weight.
 
-Whether it can follow weights and gradients that it is given, and what its constructor takes.
+Whether it can follow weights and gradients that it is given, what its constructor takes, and
+whether its weight decay is apart from its step.
 """
 
 from __future__ import annotations
@@ -18,17 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError
+from curvlab.system.memory import tensors
 from curvlab.system.random_state import kept
 
 MARK = "use_muon"
 """The mark of groups of matrices, without which Muons of some packages are not made."""
 
 _STEPS = 7  # longer than the five or six of a Lookahead
+_RATE = 0.01
 
 
-def in_groups(parameters: Sequence[nn.Parameter], marked: bool) -> list[Any]:
+_APART: dict[tuple[type, str], bool] = {}  # what trials of weight decay have shown
+
+
+def in_groups(parameters: Sequence[nn.Parameter], mark: bool | None) -> list[Any]:
     """Return what a constructor takes: the parameters, or a group of them with the mark."""
-    return [{"params": list(parameters), MARK: True}] if marked else list(parameters)
+    return list(parameters) if mark is None else [{"params": list(parameters), MARK: mark}]
 
 
 @contextmanager
@@ -42,7 +48,7 @@ def _on_trial() -> Iterator[None]:
 def is_marked(kind: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> bool:
     """Return whether a class takes no parameters, but groups of them with the mark."""
     return any(
-        not _can_be_made(kind, some, False) and _can_be_made(kind, some, True)
+        not _can_be_made(kind, some, None) and _can_be_made(kind, some, True)
         for some in (options, {})
     )
 
@@ -71,7 +77,7 @@ def check_kinds(kind: type[torch.optim.Optimizer], title: str, options: Mapping[
 
 
 def check_follows(
-    kind: type[torch.optim.Optimizer], name: str, options: Mapping[str, Any], marked: bool
+    kind: type[torch.optim.Optimizer], name: str, options: Mapping[str, Any], mark: bool | None
 ) -> None:
     """Raise CurvlabError for an optimizer that cannot follow another's weights, with the reason.
 
@@ -93,7 +99,7 @@ def check_follows(
     before = weight.detach().clone()
     with _on_trial():
         try:
-            optimizer = kind(in_groups([weight], marked), **options)
+            optimizer = kind(in_groups([weight], mark), **options)
         except Exception as error:
             raise refused_options(name, error) from error
         if not all(isinstance(g.get("lr"), float | int | Tensor) for g in optimizer.param_groups):
@@ -116,14 +122,16 @@ def check_follows(
             and value.shape == before.shape
             and torch.equal(value, before)
         ]
-        if kept_weights or _remembers(kind, options, marked):
+        if kept_weights or _remembers(kind, options, mark):
             raise CurvlabError(
                 f"{name} keeps the weights' own history{''.join(kept_weights[:1])}: it cannot"
                 " follow another's weights"
             )
 
 
-def _remembers(kind: type[torch.optim.Optimizer], options: Mapping[str, Any], marked: bool) -> bool:
+def _remembers(
+    kind: type[torch.optim.Optimizer], options: Mapping[str, Any], mark: bool | None
+) -> bool:
     """Return whether steps at given weights depend on the weights of steps before them.
 
     These are W or −W, with the same gradients: norms of weights, which methods scale momenta by,
@@ -133,47 +141,110 @@ def _remembers(kind: type[torch.optim.Optimizer], options: Mapping[str, Any], ma
     if "weight_decay" in constructor_options(kind):
         options = {**options, "weight_decay": 0.0}
     try:
-        one, again, other = (_walked(kind, options, marked, sign) for sign in (1.0, 1.0, -1.0))
+        one, again, other = (_walked(kind, options, mark, sign) for sign in (1.0, 1.0, -1.0))
     except Exception:  # what fails so fails in its step, with its own line
         return False
     return torch.equal(one, again) and not torch.equal(one, other)
 
 
 def _walked(
-    kind: type[torch.optim.Optimizer], options: Mapping[str, Any], marked: bool, sign: float
+    kind: type[torch.optim.Optimizer], options: Mapping[str, Any], mark: bool | None, sign: float
 ) -> Tensor:
     """Return where each of some steps from given weights arrives, after others from W or −W."""
     first = sign * torch.linspace(1.0, 2.0, 12, device="cpu").view(4, 3)
     then = torch.linspace(-2.0, 1.5, 12, device="cpu").view(4, 3)
     weight = nn.Parameter(first.clone())
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002  # an optimizer's own draws, whatever it draws from
-    optimizer = kind(in_groups([weight], marked), **options)
-    found = []
-    for step in range(2 * _STEPS):
-        with torch.no_grad():
-            weight.copy_(first if step < _STEPS else then)
-        weight.grad = (torch.linspace(-1.0, 1.0, 12, device="cpu").view(4, 3) * (step + 1)).sin()
-        optimizer.step()
-        found.append(weight.detach().clone())
+    _seed()
+    optimizer = kind(in_groups([weight], mark), **options)
+    found = list(_steps(optimizer, weight, [first] * _STEPS + [then] * _STEPS))
     return torch.stack(found[_STEPS:])
 
 
 def _can_be_made(
-    kind: type[torch.optim.Optimizer], options: Mapping[str, Any], marked: bool
+    kind: type[torch.optim.Optimizer], options: Mapping[str, Any], mark: bool | None
 ) -> bool:
     weight = nn.Parameter(torch.ones(4, 3, device="cpu"))
     with _on_trial():
         try:
-            kind(in_groups([weight], marked), **options)
+            kind(in_groups([weight], mark), **options)
         except Exception:
             return False
     return True
 
 
+def decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
+    """Return γ of a group whose decay is apart from its step, W ← W (1 − lr γ) − …; else 0.
+
+    What it is shows on a small weight (`_decays_apart`), where one of its kind can be made. Else it
+    is as marked: by `decoupled_weight_decay` in torch, by `weight_decouple` in pytorch_optimizer;
+    torch's Muon has no mark, and no other kind.
+    """
+    decay = group.get("weight_decay", 0.0) or 0.0
+    if not isinstance(decay, float | int | Tensor) or not float(decay):
+        return 0.0
+    kind = type(optimizer)
+    marked = getattr(kind, "decoupled_weight_decay", "ns_steps" in group)
+    marked = group.get("decoupled_weight_decay", group.get("weight_decouple", marked))
+    marked = bool(marked) and not group.get("fixed_decay", False)
+    options = {name: group[name] for name in constructor_options(kind) if name in group}
+    key = kind, repr((sorted(options.items(), key=lambda o: o[0]), group.get(MARK)))
+    if key not in _APART:
+        with _on_trial():
+            _APART[key] = _decays_apart(kind, options, group.get(MARK), marked)
+    return float(decay) if _APART[key] else 0.0
+
+
+def _decays_apart(
+    kind: type[torch.optim.Optimizer], options: Mapping[str, Any], mark: bool | None, marked: bool
+) -> bool:
+    """Return whether steps with decay go lr γ W further than those without, from the same states.
+
+    Decay that enters by the gradient moves the states; where there are none, of SGD, it is as
+    marked. Decay of what the step has left, or that a trust ratio scales, is part of the step.
+    """
+    if "weight_decay" not in options:
+        return marked
+    rate = {"lr": _RATE} if "lr" in options else {}
+    first = torch.linspace(1.0, 2.0, 12, device="cpu", dtype=torch.float32).view(4, 3)
+    walks, states = [], []
+    try:
+        for decay in (0.0, 1.0):
+            _seed()
+            weight = nn.Parameter(first.clone())
+            made = {**options, **rate, "weight_decay": decay}
+            optimizer = kind(in_groups([weight], mark), **made)
+            walks.append(torch.stack(list(_steps(optimizer, weight, [first] * _STEPS))))
+            states.append([t.clone() for t in tensors(optimizer.state[weight]) if t.ndim])
+    except Exception:
+        return marked
+    if not states[0]:
+        return marked
+    lr = float(optimizer.param_groups[0].get("lr", _RATE))
+    further = (walks[0] - walks[1]) / (lr * first)
+    alike = len(states[0]) == len(states[1]) and all(map(torch.equal, *states))
+    return alike and bool(((further - 1).abs() < 1e-3).all())
+
+
+def _steps(
+    optimizer: torch.optim.Optimizer, weight: nn.Parameter, starts: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """Yield where each step arrives, from these weights."""
+    for step, start in enumerate(starts):
+        with torch.no_grad():
+            weight.copy_(start)
+        weight.grad = (torch.linspace(-1.0, 1.0, 12, device="cpu").view(4, 3) * (step + 1)).sin()
+        optimizer.step()
+        yield weight.detach().clone()
+
+
+def _seed() -> None:
+    torch.default_generator.manual_seed(0)  # of the CPU alone, where the trials run
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # an optimizer's own draws, whatever it draws from
+
+
 def steps_on(
-    kind: type[torch.optim.Optimizer], options: Mapping[str, Any], marked: bool, axes: int
+    kind: type[torch.optim.Optimizer], options: Mapping[str, Any], mark: bool | None, axes: int
 ) -> bool:
     """Return whether a step goes through on a small parameter of so many axes.
 
@@ -184,7 +255,7 @@ def steps_on(
     small.grad = small.detach().sin()
     with _on_trial():
         try:
-            kind(in_groups([small], marked), **options).step()
+            kind(in_groups([small], mark), **options).step()
         except Exception:
             return False
     return True

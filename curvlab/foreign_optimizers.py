@@ -52,12 +52,12 @@ class Foreign(WholeVector):
     Args:
         kind: its class.
         title: its name.
-        marked: whether it takes no parameters, but groups of them with `foreign_kinds.MARK`.
+        mark: of groups (`foreign_kinds.MARK`), of which alone it is made; None: of parameters.
     """
 
     kind: type[torch.optim.Optimizer] = field(kw_only=True)
     title: str = field(kw_only=True)
-    marked: bool = field(default=False, kw_only=True)
+    mark: bool | None = field(default=None, kw_only=True)
 
     def defaults(self) -> dict[str, Any]:
         """Return {option of its constructor: its value where a user gives none}."""
@@ -122,21 +122,21 @@ class Foreign(WholeVector):
         for name, p in objective.parameters.items():
             empty = nn.Parameter(torch.empty_like(p, device="meta"))
             try:
-                self.kind(in_groups([empty], self.marked), **options)
+                self.kind(in_groups([empty], self.mark), **options)
             except (ValueError, NotImplementedError, RuntimeError):
                 left.append(name)
             except TypeError as error:
                 raise refused_options(self.title, error) from error
             else:
                 if p.ndim not in axes:
-                    axes[p.ndim] = not (self.marked and p.ndim < 2) and steps_on(
-                        self.kind, options, self.marked, p.ndim
+                    axes[p.ndim] = not (self.mark and p.ndim < 2) and steps_on(
+                        self.kind, options, self.mark, p.ndim
                     )
                 (taken if axes[p.ndim] else left).append(name)
         if left and not taken:  # the options themselves, it may be
             try:
                 small = nn.Parameter(torch.zeros(2, 2, device="cpu"))
-                self.kind(in_groups([small], self.marked), **options)
+                self.kind(in_groups([small], self.mark), **options)
             except Exception as error:
                 raise refused_options(self.title, error) from error
         return tuple(taken), tuple(left)
@@ -151,7 +151,7 @@ class Foreign(WholeVector):
             "options": {k: repr(v) for k, v in options.items() if k not in OWN},
             "takes": list(taken),
         }
-        if self.marked:
+        if self.mark:
             found["groups"] = f"{MARK}=True"
         if left:
             found |= {"others": options.get("others", SECOND), "others_take": list(left)}
@@ -167,7 +167,7 @@ def _made(
     entry: Foreign, options: Mapping[str, Any], parameters: Sequence[nn.Parameter]
 ) -> torch.optim.Optimizer:
     try:
-        return entry.kind(in_groups(parameters, entry.marked), **options)
+        return entry.kind(in_groups(parameters, entry.mark), **options)
     except Exception as error:
         raise refused_options(entry.title, error) from error
 
@@ -176,10 +176,10 @@ def _refusal(entry: Foreign, objective: Objective) -> str:
     p = next(iter(objective.parameters.values()))
     try:
         empty = nn.Parameter(torch.empty_like(p, device="meta"))
-        entry.kind(in_groups([empty], entry.marked), **entry.options)
+        entry.kind(in_groups([empty], entry.mark), **entry.options)
     except Exception as error:
         return one_line(error)
-    return "they are no matrices" if entry.marked else "its step fails on such"
+    return "they are no matrices" if entry.mark else "its step fails on such"
 
 
 def foreign(kind: type[torch.optim.Optimizer], *, name: str | None = None, **options: Any) -> str:
@@ -262,10 +262,10 @@ def rate_of_entry(entry: Foreign, options: Mapping[str, Any]) -> float:
 
 def _entry(kind: type[torch.optim.Optimizer], name: str, options: Mapping[str, Any]) -> Algorithm:
     own = {k: v for k, v in options.items() if k not in OWN}
-    marked = is_marked(kind, own)
-    builds = Foreign(Shadow, options=dict(options), kind=kind, title=name, marked=marked)
+    mark = True if is_marked(kind, own) else None
+    builds = Foreign(Shadow, options=dict(options), kind=kind, title=name, mark=mark)
     lr = rate_of_entry(builds, own)
-    check_follows(kind, name, own, marked)
+    check_follows(kind, name, own, mark)
     return Algorithm(
         summary=f"{kind.__module__}.{kind.__qualname__}: direction of its own step",
         source=_source(kind),

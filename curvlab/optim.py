@@ -61,6 +61,9 @@ class Optimizer(torch.optim.Optimizer):
         lr: learning rate α of all parameters, or of groups that have none.
     """
 
+    decoupled_weight_decay = True
+    """As torch's optimizers mark groups: W ← W − lr (p + γ W)."""
+
     def __init__(self, descent: Descent, lr: float) -> None:
         if not 0 <= lr < math.inf:
             raise CurvlabError(f"the learning rate must be 0 or positive, not {lr:g}")

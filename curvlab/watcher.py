@@ -20,9 +20,9 @@ import xarray as xr
 from torch import nn
 
 from curvlab.closure import Closure
-from curvlab.curvature.shadow import decoupled
 from curvlab.derivatives import around
 from curvlab.errors import CurvlabError, warn
+from curvlab.foreign_kinds import decoupled
 from curvlab.logs.log import Log
 from curvlab.nests import copied
 from curvlab.system import random_state
@@ -270,7 +270,7 @@ class Watcher:
         """Keep rates, decays and gradients of an optimizer's parameters."""
         scale = getattr(optimizer, "grad_scale", None)
         for group in optimizer.param_groups:
-            rate, decay = rate_in(group), decoupled(group)
+            rate, decay = rate_in(group), decoupled(optimizer, group)
             for p in group["params"]:
                 name = self._names.get(id(p))
                 if name is None:

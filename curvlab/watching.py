@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from curvlab.comparison_settings import ALWAYS, CompareSettings
-from curvlab.curvature.shadow import decoupled
 from curvlab.errors import CurvlabError, several, shown, whole
+from curvlab.foreign_kinds import decoupled
 from curvlab.interface import Outputs
 from curvlab.likelihoods import Likelihood
 from curvlab.objective import Objective
@@ -133,14 +133,14 @@ def watch(
     )
     if path is not None:
         path = paths.check_file(path, "log", "choose another path")
-    groups = [group for one in optimizers for group in one.param_groups]
+    groups = [(one, group) for one in optimizers for group in one.param_groups]
     about = {
         "call": {"function": "curvlab.watch", "path": None if path is None else str(path)},
         "model": type(objective.model).__name__,
-        "lr": rate_in(groups[0]),
+        "lr": rate_in(groups[0][1]),
         "optimizers": [described_optimizer(one) for one in optimizers],
     }
-    looker = Looker(objective, compared, path, about, any(map(decoupled, groups)))
+    looker = Looker(objective, compared, path, about, any(decoupled(*each) for each in groups))
     return Watcher(model, optimizers, looker, settings.take)
 
 

@@ -255,15 +255,80 @@ def test_who_writes_over_its_gradient_leaves_the_others_theirs() -> None:
         torch.testing.assert_close(first[name], g + 10 * weights, rtol=1e-9, atol=1e-12)
 
 
-def test_the_decay_is_apart() -> None:
-    objective = cl.Objective(network(torch.float64), cl.likelihoods.Categorical())
-    x, y = batches(1, dtype=torch.float64)[0]
-    directions = []
+class DecaysUnmarked(torch.optim.Optimizer):
+    """Momentum, with a decay of the weights before the step, or of what it has left."""
+
+    def __init__(
+        self, params: Any, lr: float = 0.1, weight_decay: float = 0.0, after: bool = False
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "after": after})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                m = self.state[p].setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 0.5)
+                left = 1 - group["lr"] * group["weight_decay"]
+                p.copy_(
+                    (p - group["lr"] * m) * left if group["after"] else p * left - group["lr"] * m
+                )
+
+
+@pytest.mark.filterwarnings("ignore:.*does not take.*")
+@pytest.mark.parametrize(
+    ("kind", "options", "apart"),
+    [
+        (torch.optim.AdamW, {}, True),
+        (torch.optim.Adam, {}, False),
+        (torch.optim.Adam, {"decoupled_weight_decay": True}, True),
+        (torch.optim.Muon, {}, True),
+        (torch.optim.Adafactor, {}, True),  # which torch does not mark
+        (torch.optim.SGD, {}, False),
+        (torch.optim.SGD, {"momentum": 0.9}, False),
+        (torch.optim.RMSprop, {}, False),
+        (DecaysUnmarked, {}, True),
+        (DecaysUnmarked, {"after": True}, False),
+    ],
+)
+def test_the_decay_is_apart(kind: Any, options: dict[str, Any], apart: bool) -> None:
+    """Where it is W ← W (1 − lr γ) beside the step, in a follower and under watch."""
+    data = batches(1, dtype=torch.float64)
+    followed, watched = [], []
     for decay in (0.0, 0.5):
-        shadow = descent(cl.foreign(torch.optim.AdamW, weight_decay=decay), objective)
-        directions.append(shadow.direction(objective.closure(x, y).observe(shadow.needs)))
-    for name in directions[0]:
-        torch.testing.assert_close(directions[0][name], directions[1][name], rtol=1e-9, atol=1e-12)
+        objective = cl.Objective(network(torch.float64), cl.likelihoods.Categorical())
+        shadow = descent(cl.foreign(kind, **options, weight_decay=decay, lr=0.01), objective)
+        followed.append(shadow.direction(objective.closure(*data[0]).observe(shadow.needs)))
+        model = network(torch.float64)
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        rest = [p for p in model.parameters() if p.ndim != 2]
+        taken = matrices if kind is torch.optim.Muon else [*matrices, *rest]
+        optimizers = [kind(taken, **options, weight_decay=decay, lr=0.01)]
+        optimizers += [torch.optim.SGD(rest, lr=0.01)] if kind is torch.optim.Muon else []
+        with cl.watch(model, cl.likelihoods.Categorical(), optimizers, every=1) as watch:
+            for x, y in watch(data):
+                looped(model, optimizers, [(x, y)])
+        log = watch.dataset
+        assert ("watched+decay" in log["algorithm"]) == (apart and decay > 0)
+        watched.append(torch.as_tensor(log["direction_norm"].sel(algorithm="watched").values))
+    for name in followed[0]:
+        near = torch.allclose(followed[0][name], followed[1][name], rtol=1e-9, atol=1e-12)
+        assert near == apart or (kind is torch.optim.Muon and "bias" in name)
+    assert torch.allclose(watched[0], watched[1], rtol=1e-9) == apart
+
+
+def test_under_watch_an_optimizer_of_ours_has_its_decay_apart() -> None:
+    watched = []
+    for decay in (0.0, 0.5):
+        model = network(torch.float64)
+        objective = cl.Objective(model, cl.likelihoods.Categorical())
+        optimizer = cl.optimizer("adamw", objective, lr=0.01, weight_decay=decay)
+        with cl.watch(model, cl.likelihoods.Categorical(), optimizer, every=1) as watch:
+            for x, y in watch(batches(1, dtype=torch.float64)):
+                optimizer.step(objective.closure(x, y))
+        watched.append(watch.dataset["direction_norm"].sel(algorithm="watched").values)
+    torch.testing.assert_close(*watched, rtol=1e-9, atol=1e-12)
 
 
 def test_frozen_parameters_stand_still() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from curvlab.curvature.base import CurvatureDefaults, check_algorithm
 from curvlab.errors import CurvlabError, raise_if_out_of_memory
+from curvlab.foreign_kinds import decoupled
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
@@ -156,7 +157,7 @@ class Shadow(CurvatureDefaults):
                 line = " ".join(str(error).split())[:200]
                 raise CurvlabError(f"{self.name} fails in its step: {line}") from error
         self._moved = True
-        found = {name: self._direction(name, rate) for name in self.clones}
+        found = {name: self._direction(name, rate, kept) for name, kept in self._kept().items()}
         every = {
             b.name: b.gather(self._filled(b.params, found)) for b in self.objective.blocks
         } | found
@@ -197,18 +198,22 @@ class Shadow(CurvatureDefaults):
         parameters = self.objective.parameters
         return {n: found[n] if n in found else torch.zeros_like(parameters[n]) for n in names}
 
-    def _direction(self, name: str, rate: float) -> Tensor:
+    def _kept(self) -> dict[str, float]:
+        """Return {parameter: what decay apart from the step has left of it}."""
+        names = {id(clone): name for name, clone in self.clones.items()}
+        return {
+            names[id(p)]: kept
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for kept in [1.0 - float(group["lr"]) * decoupled(optimizer, group)]
+            for p in group["params"]
+        }
+
+    def _direction(self, name: str, rate: float, kept: float) -> Tensor:
         old, new = self.objective.parameters[name].detach(), self.clones[name].detach()
         if not rate:
             return torch.zeros_like(old)
         wide = torch.promote_types(old.dtype, torch.float32)
-        group = next(
-            g
-            for o in self.optimizers
-            for g in o.param_groups
-            if any(p is self.clones[name] for p in g["params"])
-        )
-        kept = 1.0 - float(group["lr"]) * decoupled(group) if decoupled(group) else 1.0
         return (old.to(wide) * kept - new.to(wide)) / rate
 
     # ---- its state
@@ -251,15 +256,3 @@ class Shadow(CurvatureDefaults):
         self._rates = copy.deepcopy(state.get("rates", written))
         drawn = state.get("drawn")
         self._drawn = None if drawn is None else random_state.Chance.of(drawn)
-
-
-def decoupled(group: Mapping[str, Any]) -> float:
-    """Return γ of a group of an optimizer whose decay is decoupled, W ← W (1 − lr γ); else 0.
-
-    torch marks such groups by `decoupled_weight_decay`, pytorch_optimizer by `weight_decouple`;
-    torch's Muon has no mark, and no other kind.
-    """
-    marked = group.get("decoupled_weight_decay", group.get("weight_decouple", "ns_steps" in group))
-    if not marked or group.get("fixed_decay", False):
-        return 0.0
-    return float(group.get("weight_decay", 0.0) or 0.0)
