@@ -27,8 +27,7 @@ MARK = "use_muon"
 
 _STEPS = 7  # longer than the five or six of a Lookahead
 _RATE = 0.01
-
-
+_ITS_OWN = ("lr", "weight_decay")  # options of which a trial of decay has its own
 _APART: dict[tuple[type, str], bool] = {}  # what trials of weight decay have shown
 
 
@@ -187,7 +186,9 @@ def decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> flo
     marked = group.get("decoupled_weight_decay", group.get("weight_decouple", marked))
     marked = bool(marked) and not group.get("fixed_decay", False)
     options = {name: group[name] for name in constructor_options(kind) if name in group}
-    key = kind, repr((sorted(options.items(), key=lambda o: o[0]), group.get(MARK)))
+    # the trial has a rate and a decay of its own, so that schedules ask for no other
+    asked = sorted((name, repr(v)) for name, v in options.items() if name not in _ITS_OWN)
+    key = kind, repr((asked, group.get(MARK), marked))
     if key not in _APART:
         with _on_trial():
             _APART[key] = _decays_apart(kind, options, group.get(MARK), marked)
@@ -205,7 +206,7 @@ def _decays_apart(
     if "weight_decay" not in options:
         return marked
     rate = {"lr": _RATE} if "lr" in options else {}
-    first = torch.linspace(1.0, 2.0, 12, device="cpu", dtype=torch.float32).view(4, 3)
+    first = torch.linspace(1.0, 2.0, 12, device="cpu").view(4, 3)
     walks, states = [], []
     try:
         for decay in (0.0, 1.0):

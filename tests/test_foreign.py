@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import curvlab as cl
+from curvlab import foreign_kinds
 from curvlab.algorithms import descent, find_algorithm
 from curvlab.cli.app import app
 from curvlab.foreign_optimizers import FOREIGN
@@ -316,6 +317,17 @@ def test_the_decay_is_apart(kind: Any, options: dict[str, Any], apart: bool) -> 
         near = torch.allclose(followed[0][name], followed[1][name], rtol=1e-9, atol=1e-12)
         assert near == apart or (kind is torch.optim.Muon and "bias" in name)
     assert torch.allclose(watched[0], watched[1], rtol=1e-9) == apart
+
+
+def test_a_schedule_asks_for_no_other_trial_of_the_decay() -> None:
+    objective = cl.Objective(network(), cl.likelihoods.Categorical())
+    optimizer = cl.optimizer(cl.foreign(torch.optim.AdamW, weight_decay=0.1), objective)
+    known = set()
+    for number, (x, y) in enumerate(batches()):
+        optimizer.param_groups[0]["lr"] = 0.01 / (number + 1)
+        optimizer.step(objective.closure(x, y))
+        known.add(len(foreign_kinds._APART))
+    assert len(known) == 1
 
 
 def test_under_watch_an_optimizer_of_ours_has_its_decay_apart() -> None:

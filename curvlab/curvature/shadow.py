@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from curvlab.curvature.base import CurvatureDefaults, check_algorithm
 from curvlab.errors import CurvlabError, raise_if_out_of_memory
-from curvlab.foreign_kinds import decoupled
+from curvlab.foreign_kinds import decoupled, one_line
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
@@ -154,8 +154,7 @@ class Shadow(CurvatureDefaults):
                     optimizer.step()
             except Exception as error:
                 raise_if_out_of_memory(error)
-                line = " ".join(str(error).split())[:200]
-                raise CurvlabError(f"{self.name} fails in its step: {line}") from error
+                raise CurvlabError(f"{self.name} fails in its step: {one_line(error)}") from error
         self._moved = True
         found = {name: self._direction(name, rate, kept) for name, kept in self._kept().items()}
         every = {
@@ -249,7 +248,7 @@ class Shadow(CurvatureDefaults):
         except Exception as error:
             for optimizer, one in zip(self.optimizers, held, strict=True):
                 optimizer.load_state_dict(one)
-            line = " ".join(str(error).split())[:200]
+            line = one_line(error)
             raise CurvlabError(f"the checkpoint's {self.name} does not fit: {line}") from error
         # earlier versions wrote theirs at every step
         written = [[float(g["lr"]) for g in o.param_groups] for o in self.optimizers]
