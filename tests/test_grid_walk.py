@@ -75,7 +75,22 @@ def test_a_walk_that_stays_and_one_by_rate_alone(tmp_path: Path) -> None:
 def test_places_are_nearest_by_ratio() -> None:
     assert GRID.nearest(0.05, 5.0) == (2, 2)
     assert GRID.nearest(0.02, 2e-4) == (1, 0)
-    assert GRID.beside((0, 1)) == [(1, 1), (0, 0), (0, 2)]
+    assert GRID.beside((0, 1)) == [(1, 1), (0, 0), (0, 2), (2, 2)]
+    assert GRID.beside((3, 2)) == [(2, 2), (3, 1), (1, 1)]
+    assert GRID.beside((0, 1), damped=False) == [(1, 1)]
+
+
+def test_a_walk_follows_a_valley_of_one_ratio(tmp_path: Path) -> None:
+    """Steps that are rate / λ times the gradient, best at 1; the smaller λ the better."""
+    grid = Grid([10.0**k for k in range(-4, 2)], [10.0**k for k in range(-4, 2)])
+
+    def run(seed: int, lr: float, damping: float) -> GridRun:
+        rate = 1 - 0.3 * abs(math.log10(lr / damping)) - 0.01 * math.log10(damping)
+        return GridRun([2.0 ** (-rate * i) for i in range(11)], [0.1 * i for i in range(11)])
+
+    runs = KeptRuns(tmp_path / "a.json", "a valley", run, grid, "steps=10")
+    best = walk(runs, grid.nearest(10.0, 10.0), 0.25, (0,))
+    assert (best.lr, best.damping) == (1e-4, 1e-4)
 
 
 def test_rows_and_ratios_say_what_was_not_reached() -> None:

@@ -79,13 +79,26 @@ class Grid:
         return number(self.rates, rate), number(self.dampings, damping)
 
     def beside(self, place: GridPlace, damped: bool = True) -> list[GridPlace]:
-        """Return the neighbours: by rate, and by damping where the method has one."""
+        """Return the neighbours: by rate, and by damping where the method has one.
+
+        By damping with the rate as it is, and with rate over damping as it is: where λ is above a
+        curvature's eigenvalues a step is that ratio times the gradient, so that good places lie in
+        a valley across the grid, which steps along its axes leave.
+        """
         rate, damping = place
         around = [(rate + 1, damping), (rate - 1, damping)]
-        around += [(rate, damping - 1), (rate, damping + 1)] if damped else []
-        return [
-            (i, j) for i, j in around if 0 <= i < len(self.rates) and 0 <= j < len(self.dampings)
-        ]
+        if damped:
+            around += [(rate, damping - 1), (rate, damping + 1)]
+        inside = [place for place in around if self.holds(place)]
+        for other in (damping - 1, damping + 1) if damped else ():
+            if self.holds((rate, other)):
+                ratio = self.dampings[other] / self.dampings[damping]
+                inside.append(self.nearest(self.rates[rate] * ratio, self.dampings[other]))
+        return list(dict.fromkeys(inside))
+
+    def holds(self, place: GridPlace) -> bool:
+        """Say whether the place is one of the grid's."""
+        return 0 <= place[0] < len(self.rates) and 0 <= place[1] < len(self.dampings)
 
 
 @dataclass
