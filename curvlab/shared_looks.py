@@ -264,5 +264,6 @@ def check_alike(objective: Objective) -> None:
             [(b.name, list(b.shape)) for b in objective.blocks],
             [objective.seed, objective.l2, type(objective.likelihood).__name__],
         ],
-        "make the model from the same seed on every rank, or load the same checkpoint",
+        "make the model from the same seed on every rank, or load the same checkpoint; each by"
+        " itself: ranks=curvlab.parallel.ALONE",
     )

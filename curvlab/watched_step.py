@@ -27,10 +27,10 @@ from curvlab.derivatives import precise
 from curvlab.errors import CurvlabError, Diverged, warn
 from curvlab.logs.log import Log
 from curvlab.machine import clock_of
-from curvlab.nests import joined
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.optim import Descent
+from curvlab.parallel import RankLost
 from curvlab.probes.base import (
     PROBES,
     Frame,
@@ -45,6 +45,7 @@ from curvlab.probes.base import (
 )
 from curvlab.strangers import mixes
 from curvlab.system import random_state
+from curvlab.watched_ranks import buffers_of_first, chance_of_first, joined_minibatch
 
 WATCHED = "watched"
 """The watched optimizers' direction, decoupled weight decay apart: the log's reference."""
@@ -150,25 +151,33 @@ class Looker:
         """Return the probes that are taken at a step."""
         return [name for name, every in self.every.items() if number % every == 0]
 
-    def look(self, taken: Taken, seen: Sequence[SeenBatch]) -> None:
+    def look(self, taken: Taken, seen: Sequence[SeenBatch], count: int) -> None:
         """Look at a step that was taken over these minibatches, and log it.
 
         A loss or gradient that is not finite is a line of warning, and nothing is logged.
 
+        Args:
+            taken: the step.
+            seen: this rank's minibatches of it.
+            count: those of all ranks.
+
         Raises:
+            RankLost: another process of the loop has gone.
             CurvlabError: at the first look, minibatches that do not fit the model or the
                 likelihood; later they are a line of warning too.
         """
         start, device = self.clock(), self.objective.device
         first = seen[0]
         now: Closure | None = None
-        with random_state.kept(device):
+        with random_state.kept(device), buffers_of_first(self.objective):
             try:
                 now = self._closure(seen)
-                random_state.set_states(first.chance, device)
+                random_state.set_states(chance_of_first(self.objective.ranks, first.chance), device)
                 cast = nullcontext() if first.cast is None else torch.autocast(*first.cast)
                 with cast, precise():
-                    found, record = self._seen(taken, now, len(seen))
+                    found, record = self._seen(taken, now, count)
+            except RankLost:
+                raise
             except CurvlabError as error:
                 # what does not fit shows at the first look, to be put right; later, it would end a
                 # training that is none of ours
@@ -183,18 +192,18 @@ class Looker:
                     now.put_back()
                 self.seconds += self.clock() - start
                 self.samples += 1
-        record |= {"minibatches": len(seen), "watch_seconds": self.clock() - start}
+        record |= {"minibatches": count, "watch_seconds": self.clock() - start}
         self._write(taken.number, found, record)
 
     # ---- the minibatch
 
     def _closure(self, seen: Sequence[SeenBatch]) -> Closure:
         """Return the minibatches of a step as one, of the mean over all examples."""
-        pairs = [self.objective.batch(one.x, one.y) for one in seen]
-        x, y = joined([x for x, _ in pairs]), joined([y for _, y in pairs])
+        x, y = joined_minibatch(self.objective, [(one.x, one.y) for one in seen])
+        closure = self.objective.closure(x, y)
         if self.log is None:
-            self._open(len(x))
-        return self.objective.closure(x, y)
+            self._open(len(closure.x))
+        return closure
 
     def _is_a_mean(self, closure: Closure) -> bool:
         """Return whether minibatches looked at as one are what each was alone; say it if not."""
@@ -206,14 +215,17 @@ class Looker:
                 else "dropout, or what else is drawn, has other random numbers"
             )
             self.objective.say(
-                f"the minibatches of an accumulated step are looked at as one, in which {why} than"
-                " in each alone: its gradient is not the loop's own (the log has their cosine)"
+                "the minibatches of a step (that add up, or of several processes) are looked at as"
+                f" one, in which {why} than in each alone: its gradient is not the loop's own (the"
+                " log has their cosine)"
             )
             return False
         return True
 
     def _open(self, size: int) -> None:
         """Make descents and log, which want to know the size of minibatches."""
+        asked = str((self.settings, self.watched, size))
+        self.objective.ranks.agreed("other arguments", asked, "make the same call on every rank")
         self._descents = self.settings.descents(self.objective, size)
         for descent in self._descents.values():
             with_defaults(descent.curvature).apart = True

@@ -28,6 +28,7 @@ from curvlab.nests import copied
 from curvlab.system import random_state
 from curvlab.system.lock import exclusive_lock
 from curvlab.watched_loop import ForwardHook, called_with, closure_in, rate_in
+from curvlab.watched_ranks import minibatches_of_all
 from curvlab.watched_step import Looker, SeenBatch, Taken
 
 Take = Callable[[Any], tuple[Any, Any]]
@@ -165,8 +166,7 @@ class Watcher:
                 " lists of algorithms to one"
             )
         with ExitStack() as stack:
-            if self.looker.path is not None:
-                stack.enter_context(exclusive_lock(self.looker.path))
+            self.objective.ranks.by_first(lambda: self._locked(stack))
             stack.callback(_OPEN.discard, self)
             _OPEN.add(self)
             for optimizer in self.optimizers:
@@ -214,6 +214,10 @@ class Watcher:
                 f"watch has seen {self.steps} steps and no minibatch, so that nothing is logged: go"
                 " through watch(loader), or step inside of watch.batch(x, y)"
             )
+
+    def _locked(self, stack: ExitStack) -> None:
+        if self.looker.path is not None:
+            stack.enter_context(exclusive_lock(self.looker.path))
 
     # ---- hooks
 
@@ -286,17 +290,22 @@ class Watcher:
     def _finish(self) -> None:
         """Look at the step that is done, if it is due, and get ready for the next."""
         taken, handed = self._taken, self._handed
-        number = self.steps
+        number, due = self.steps, self._due
         self._taken, self._handed = None, []
         self._stepped.clear()
         self.steps += 1
         self._due = bool(self.looker.due(self.steps))
-        if taken is None:
+        if not due:
             return
-        assert taken.number == number
+        own = 0 if taken is None else len(handed)
+        count = minibatches_of_all(self.objective, number, own)
+        if not count:
+            return
+        assert taken is not None
         self._looking = True
         try:
-            self.looker.look(taken, [SeenBatch(h.x, h.y, h.chance, h.cast) for h in handed])
+            seen = [SeenBatch(h.x, h.y, h.chance, h.cast) for h in handed]
+            self.looker.look(taken, seen, count)
         finally:
             self._looking = False
 

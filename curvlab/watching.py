@@ -15,7 +15,7 @@ from curvlab.foreign_kinds import decoupled
 from curvlab.interface import Outputs
 from curvlab.likelihoods import Likelihood
 from curvlab.objective import Objective
-from curvlab.parallel import ranks_here
+from curvlab.parallel import Ranks
 from curvlab.probes.base import PROBES, asked
 from curvlab.signatures import known_options, shows
 from curvlab.strangers import original
@@ -39,7 +39,9 @@ class WatchSettings:
     `refresh_every` (T₂) are the compared methods', which learn from the sampled steps alone: hence
     no momentum by default. `outputs`, `labels` and `shared` are those of `Objective`. `take` is a
     function of what the loader yields: (inputs, targets), where it is neither a pair nor a mapping
-    with labels; inputs are then taken from it, and not from the model's call.
+    with labels; inputs are then taken from it, and not from the model's call. `ranks` are those of
+    the loop, which all watch; those of the process group where None, `curvlab.parallel.ALONE` for
+    this process by itself.
     """
 
     seed: int = 0
@@ -51,6 +53,7 @@ class WatchSettings:
     labels: str | int = "labels"
     shared: tuple[str, ...] = ()
     take: Take | None = None
+    ranks: Ranks | None = None
 
 
 @shows(WatchSettings)
@@ -95,17 +98,11 @@ def watch(
 
     Raises:
         CurvlabError: unknown names, values out of range or of another type, trainable parameters
-            that no optimizer has, a path that cannot be written, several processes.
+            that no optimizer has, a path that cannot be written.
     """
     settings = WatchSettings(**known_options(options, WatchSettings, "watch"))
     if settings.take is not None and not callable(settings.take):
         raise CurvlabError(f"take must be a function of a minibatch, not {shown(settings.take)}")
-    ranks = ranks_here()
-    if ranks.several:
-        raise CurvlabError(
-            "watch looks at the minibatches of one process, and this is one of"
-            f" {ranks.world}, whose steps are of all minibatches: watch a run in one process"
-        )
     optimizers = plain_optimizers(optimizer)
     objective = Objective(
         original(model),
@@ -114,7 +111,9 @@ def watch(
         outputs=settings.outputs,
         labels=settings.labels,
         shared=settings.shared,
+        ranks=settings.ranks,
     )
+    objective.given_parts = True  # by each rank, its own
     check_held(objective, optimizers)
     names = tuple(several(algorithms))
     if not names:
@@ -131,8 +130,8 @@ def watch(
         log_every=every,
         probes=paced(probes, every),
     )
-    if path is not None:
-        path = paths.check_file(path, "log", "choose another path")
+    place = objective.ranks.by_first(lambda: _checked(path))
+    path = None if place is None else Path(place)
     groups = [(one, group) for one in optimizers for group in one.param_groups]
     about = {
         "call": {"function": "curvlab.watch", "path": None if path is None else str(path)},
@@ -140,8 +139,13 @@ def watch(
         "lr": rate_in(groups[0][1]),
         "optimizers": [described_optimizer(one) for one in optimizers],
     }
-    looker = Looker(objective, compared, path, about, any(decoupled(*each) for each in groups))
+    written = path if objective.ranks.first else None
+    looker = Looker(objective, compared, written, about, any(decoupled(*each) for each in groups))
     return Watcher(model, optimizers, looker, settings.take)
+
+
+def _checked(path: str | Path | None) -> str | None:
+    return None if path is None else str(paths.check_file(path, "log", "choose another path"))
 
 
 def paced(probes: Sequence[str], every: int) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ def gpt2(callbacks: list[Any], folder: Path, micro: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("micro", [1, 2])
-@pytest.mark.filterwarnings("ignore:the minibatches of an accumulated step are looked at as one")
+@pytest.mark.filterwarnings("ignore:the minibatches of a step")
 def test_a_watched_trainer_of_transformers_is_the_unwatched_one(tmp_path: Path, micro: int) -> None:
     pytest.importorskip("transformers")
     likelihood = cl.likelihoods.Categorical(axis=-1, ignore_index=-100, per="token")

@@ -204,7 +204,7 @@ def same(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.filterwarnings(
     "ignore:batch norm in training mode",
-    "ignore:the minibatches of an accumulated step",
+    "ignore:the minibatches of a step",
     "ignore:parameters of layers without a rule",
 )
 def test_a_watched_loop_is_the_unwatched_one_to_the_bit(name: str) -> None:

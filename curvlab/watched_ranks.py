@@ -1,0 +1,89 @@
+"""A step that several processes take together, each over its own minibatches, is looked at as one.
+
+The loop's own processes (DDP) have the same weights and gradients, and each its minibatches: all of
+them, one rank's after another's, are the minibatch of the look, which `shared_looks` goes through.
+Where a rank alone could fail or has nothing to show, all hear of it before they wait for each
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlab.nests import Batched, joined
+from curvlab.objective import Objective
+from curvlab.parallel import Ranks
+from curvlab.shared_looks import agree, tell_failure
+from curvlab.system.random_state import Chance
+
+
+def minibatches_of_all(objective: Objective, step: int, own: int) -> int:
+    """Return how many minibatches the ranks have of a step; 0 where one of them has none.
+
+    Args:
+        objective: of the ranks, who say it where some have and some have not.
+        step: its number.
+        own: this rank's minibatches of it.
+    """
+    counts = [int(count) for (count,) in objective.ranks.numbers([float(own)])]
+    if all(counts) or not any(counts):
+        return sum(counts)
+    objective.say(
+        f"step {step} is not logged, nor others like it: rank {counts.index(0)} has seen no"
+        " minibatch of it, and its gradient is of all ranks"
+    )
+    return 0
+
+
+def joined_minibatch(
+    objective: Objective, pairs: Sequence[tuple[Any, Any]]
+) -> tuple[Batched, Batched]:
+    """Return this rank's minibatches of a step as one, when all ranks' fit the model.
+
+    Raises:
+        CurvlabError: on all ranks, what does not fit.
+    """
+    ranks = objective.ranks
+    try:
+        own = [objective.batch(x, y) for x, y in pairs]
+        found = joined([x for x, _ in own]), joined([y for _, y in own])
+    except Exception as error:
+        if ranks.several:
+            tell_failure(ranks, error, 0)
+        raise
+    agree(ranks, [])
+    return found
+
+
+def chance_of_first(ranks: Ranks, own: Chance) -> Chance:
+    """Return rank 0's generators: all ranks look at the whole minibatch with the same numbers."""
+    return Chance.of(ranks.of_first(own.state_dict())) if ranks.several else own
+
+
+@contextmanager
+def buffers_of_first(objective: Objective) -> Iterator[None]:
+    """Let the model's buffers be rank 0's inside, as DDP has them at every forward pass."""
+    if not objective.ranks.several:
+        yield
+        return
+    buffers = list(objective.model.buffers())
+    own = [b.data for b in buffers]
+    copies = [b.detach().clone(memory_format=torch.contiguous_format) for b in buffers]
+    objective.ranks.broadcast([_bytes(t) for t in copies], 0)
+    try:
+        for b, copy in zip(buffers, copies, strict=True):
+            b.data = copy
+        yield
+    finally:
+        for b, data in zip(buffers, own, strict=True):
+            b.data = data
+
+
+def _bytes(t: Tensor) -> Tensor:
+    """Return a tensor's own memory: not every dtype can be exchanged."""
+    return t.view(-1).view(torch.uint8)
