@@ -209,8 +209,8 @@ def draw_nearness(ax: Axes, size: Size, found: dict[str, Best], near: dict[str, 
             at, style = (near[name], iterations), styles[name]
             ax.plot(*at, marker=style.marker, color=style.colour, markersize=8)
             ax.annotate(name, at, (5, 4), textcoords="offset points", fontsize=9)
-    if ax.has_data():
-        ax.set_yscale("log")
+    ax.set_visible(ax.has_data())  # where both oracles are there
+    ax.set_yscale("log" if ax.has_data() else "linear")
     ax.set_xlabel("mean cosine to block-ggn's direction, along its path")
     ax.set_ylabel(f"iterations to {size.levels[1]:g} nat")
     ax.set_title("how near, and how fast", fontsize=10)
