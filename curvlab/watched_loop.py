@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from curvlab.curvature.shadow import Shadow
 from curvlab.errors import CurvlabError, shown
+from curvlab.foreign_kinds import decoupled
 from curvlab.objective import Objective
 
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
@@ -68,6 +70,25 @@ def rate_in(group: Mapping[str, Any]) -> float:
     """Return a group's learning rate; 1 where it has none, as optimizers that choose their own."""
     lr = group.get("lr")
     return 1.0 if lr is None else float(lr)
+
+
+def decays_of(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    """Return {id of a parameter: γ of weight decay that is apart from the optimizer's step}.
+
+    W ← W (1 − lr γ) − …, lr the rate of the parameter's group (`foreign_kinds.decoupled`). Where an
+    optimizer of curvlab's follows one of somebody else's, it is that one's.
+    """
+    descent = getattr(optimizer, "descent", None)
+    curvature = getattr(descent, "curvature", None)
+    if isinstance(curvature, Shadow):
+        parameters = curvature.objective.parameters
+        return {id(parameters[name]): decay for name, decay in curvature.decays().items()}
+    return {
+        id(p): decay
+        for group in optimizer.param_groups
+        for decay in [decoupled(optimizer, group)]
+        for p in group["params"]
+    }
 
 
 def closure_in(args: Sequence[Any], named: Mapping[str, Any]) -> Any:

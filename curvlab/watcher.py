@@ -22,12 +22,11 @@ from torch import nn
 from curvlab.closure import Closure
 from curvlab.derivatives import around
 from curvlab.errors import CurvlabError, warn
-from curvlab.foreign_kinds import decoupled
 from curvlab.logs.log import Log
 from curvlab.nests import copied
 from curvlab.system import random_state
 from curvlab.system.lock import exclusive_lock
-from curvlab.watched_loop import ForwardHook, called_with, closure_in, rate_in
+from curvlab.watched_loop import ForwardHook, called_with, closure_in, decays_of, rate_in
 from curvlab.watched_ranks import minibatches_of_all
 from curvlab.watched_step import Looker, SeenBatch, Taken
 
@@ -272,14 +271,14 @@ class Watcher:
 
     def _note(self, taken: Taken, optimizer: torch.optim.Optimizer, gradients: bool) -> None:
         """Keep rates, decays and gradients of an optimizer's parameters."""
-        scale = getattr(optimizer, "grad_scale", None)
+        scale, decays = getattr(optimizer, "grad_scale", None), decays_of(optimizer)
         for group in optimizer.param_groups:
-            rate, decay = rate_in(group), decoupled(optimizer, group)
+            rate = rate_in(group)
             for p in group["params"]:
                 name = self._names.get(id(p))
                 if name is None:
                     continue
-                taken.rates[name], taken.decays[name] = rate, decay
+                taken.rates[name], taken.decays[name] = rate, decays.get(id(p), 0.0)
                 if gradients:
                     g = torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
                     g = g.to_dense() if g.is_sparse else g

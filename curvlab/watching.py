@@ -11,7 +11,6 @@ from torch import nn
 
 from curvlab.comparison_settings import ALWAYS, CompareSettings
 from curvlab.errors import CurvlabError, several, shown, whole
-from curvlab.foreign_kinds import decoupled
 from curvlab.interface import Outputs
 from curvlab.likelihoods import Likelihood
 from curvlab.objective import Objective
@@ -23,6 +22,7 @@ from curvlab.system import paths
 from curvlab.watched_loop import (
     Optimizers,
     check_held,
+    decays_of,
     described_optimizer,
     plain_optimizers,
     rate_in,
@@ -132,15 +132,15 @@ def watch(
     )
     place = objective.ranks.by_first(lambda: _checked(path))
     path = None if place is None else Path(place)
-    groups = [(one, group) for one in optimizers for group in one.param_groups]
     about = {
         "call": {"function": "curvlab.watch", "path": None if path is None else str(path)},
         "model": type(objective.model).__name__,
-        "lr": rate_in(groups[0][1]),
+        "lr": rate_in(optimizers[0].param_groups[0]),
         "optimizers": [described_optimizer(one) for one in optimizers],
     }
     written = path if objective.ranks.first else None
-    looker = Looker(objective, compared, written, about, any(decoupled(*each) for each in groups))
+    decays = any(any(decays_of(one).values()) for one in optimizers)
+    looker = Looker(objective, compared, written, about, decays)
     return Watcher(model, optimizers, looker, settings.take)
 
 

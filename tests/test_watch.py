@@ -362,6 +362,34 @@ def test_a_watched_optimizer_is_its_own_shadow() -> None:
     np.testing.assert_allclose(gram.sel(algorithm=shadow, other=shadow), own, rtol=1e-9)
 
 
+def test_decay_of_an_optimizer_that_ours_follows_is_apart_too() -> None:
+    """AdamW of torch by `cl.optimizer`: watched as AdamW itself, by schedules too."""
+    found = []
+    for ours in (False, True):
+        model = plain()
+        objective = cl.Objective(model, cl.likelihoods.Categorical())
+        optimizer: Any = (
+            cl.optimizer("torch:AdamW", objective, lr=0.01, weight_decay=0.3)
+            if ours
+            else torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.3)
+        )
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        with watched(model, optimizer=optimizer, algorithms=["sgd-m"]) as seen:
+            for x, y in seen(minibatches(3)):
+                optimizer.zero_grad()
+                if ours:
+                    optimizer.step(objective.closure(x, y))
+                else:
+                    loss_of(model, x, y).backward()
+                    optimizer.step()
+                schedule.step()
+        found.append(seen.dataset)
+    plainly, followed = found
+    assert followed["algorithm"].values.tolist() == ["watched", "watched+decay", "sgd-m"]
+    np.testing.assert_allclose(followed["learning_rate"], plainly["learning_rate"], rtol=1e-15)
+    np.testing.assert_allclose(followed["gram"], plainly["gram"], rtol=1e-9)
+
+
 def test_two_optimizers_are_one_step_over_the_first_ones_rate() -> None:
     opened = Opened()
     model = plain()

@@ -166,6 +166,16 @@ class Shadow(CurvatureDefaults):
         """Return the clones, where the optimizer itself has gone; None before its first step."""
         return {n: c.detach() for n, c in self.clones.items()} if self._moved else None
 
+    def decays(self) -> dict[str, float]:
+        """Return {parameter: γ of decay that is apart}, to be taken times this one's rate."""
+        names, first = {id(clone): name for name, clone in self.clones.items()}, self.parts[0].lr
+        return {
+            names[id(p)]: decoupled(optimizer, group) * lr / first
+            for optimizer, own in zip(self.optimizers, self._own_rates, strict=True)
+            for group, lr in zip(optimizer.param_groups, own, strict=True)
+            for p in group["params"]
+        }
+
     # ---- its parts
 
     @contextmanager
