@@ -168,13 +168,8 @@ class Shadow(CurvatureDefaults):
 
     def decays(self) -> dict[str, float]:
         """Return {parameter: γ of decay that is apart}, to be taken times this one's rate."""
-        names, first = {id(clone): name for name, clone in self.clones.items()}, self.parts[0].lr
-        return {
-            names[id(p)]: decoupled(optimizer, group) * lr / first
-            for optimizer, own in zip(self.optimizers, self._own_rates, strict=True)
-            for group, lr in zip(optimizer.param_groups, own, strict=True)
-            for p in group["params"]
-        }
+        first = self.parts[0].lr
+        return {name: decay * own / first for name, _, own, decay in self._rates_and_decays()}
 
     # ---- its parts
 
@@ -209,14 +204,16 @@ class Shadow(CurvatureDefaults):
 
     def _kept(self) -> dict[str, float]:
         """Return {parameter: what decay apart from the step has left of it}."""
+        return {name: 1.0 - lr * decay for name, lr, _, decay in self._rates_and_decays()}
+
+    def _rates_and_decays(self) -> Iterator[tuple[str, float, float, float]]:
+        """Yield (parameter, its rate now, the rate it is made with, γ of decay that is apart)."""
         names = {id(clone): name for name, clone in self.clones.items()}
-        return {
-            names[id(p)]: kept
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for kept in [1.0 - float(group["lr"]) * decoupled(optimizer, group)]
-            for p in group["params"]
-        }
+        for optimizer, rates in zip(self.optimizers, self._own_rates, strict=True):
+            for group, own in zip(optimizer.param_groups, rates, strict=True):
+                decay = decoupled(optimizer, group)
+                for p in group["params"]:
+                    yield names[id(p)], float(group["lr"]), own, decay
 
     def _direction(self, name: str, rate: float, kept: float) -> Tensor:
         old, new = self.objective.parameters[name].detach(), self.clones[name].detach()
