@@ -434,6 +434,7 @@ def test_other_commands_and_models(capsys: pytest.CaptureFixture[str]) -> None:
         (["spectrum", "--grid", "lr=1,2", "--model", "mlp-256-20"], "unknown command of a sweep"),
         (["train", "--grid", "lr=1,2", "--model", "mlp-256-21"], "did you mean 'mlp-256-20'"),
         (["train", "--grid", "lr=1,2"], "Missing option '--model'"),
+        (["--model", "mlp-256-21", "--grid", "lr=1,2"], "did you mean 'mlp-256-20'"),  # of train
         (["compare", "--grid", "thesis-table-2.5", "--model", "mlp-256-20"], "is of training"),
         (["compare", "--grid", "damping=1,2", "--algorithms", "kfack", "--model", "mlp-256-20"],
          "did you mean 'kfac'"),

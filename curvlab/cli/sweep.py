@@ -101,6 +101,8 @@ def sweep(
     from curvlab.cli.sweeping import swept
 
     words = list(context.args)
+    if command.startswith("-"):  # an option of every point: the command was left out
+        command, words = "train", [command, *words]
     names = listed(algorithms)
     if command == "compare" and names:
         words += ["--algorithms", ",".join(names)]
