@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -163,6 +163,7 @@ def _follow(
                         if name == reference and not stands:
                             restore_weights(objective, saved)
                 seen |= sample(due, frame, "after")
+                say_still(objective, descents, seen)
                 log_samples(
                     log,
                     step,
@@ -204,6 +205,24 @@ def tell_of_loss(log: Log, name: str, seed: int, step: int, error: Diverged) -> 
         f"{where} left the finite range and is NaN from step {step} on, while the others go on:"
         f" {why}"
     )
+
+
+def say_still(objective: Objective, names: Iterable[str], seen: Mapping[str, Sample]) -> None:
+    """Say, once, whose directions are zero in all blocks: they have no cosine.
+
+    Args:
+        objective: which says it.
+        names: of the methods, in the order of the directions.
+        seen: {probe: what it measured}.
+    """
+    if "norms" not in seen:
+        return
+    still = (on_host(seen["norms"]["direction_norm"]) == 0).all(-1)
+    if still.any():
+        objective.say(
+            f"no direction of {', '.join(itertools.compress(names, still))} at some step: it is"
+            " zero in all blocks, and has no cosine (NaN in the log)"
+        )
 
 
 def log_samples(

@@ -112,8 +112,10 @@ def check_follows(
         except Exception as error:
             line = one_line(error)
             graph = any(word in line for word in ("graph", "grad_fn", "does not require grad"))
-            why = "needs the graph of the loss" if graph else "fails on a plain gradient"
-            raise CurvlabError(f"{name} {why}, which a follower does not have: {line}") from error
+            why = "needs the graph of the loss" if graph else "fails in its step"
+            raise CurvlabError(
+                f"{name} {why}, and a follower has the gradient alone: {line}"
+            ) from error
         kept_weights = [
             f" (its state '{key}')"
             for key, value in optimizer.state[weight].items()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from curvlab.closure import Closure
-from curvlab.comparison_loop import log_samples, tell_of_loss
+from curvlab.comparison_loop import log_samples, say_still, tell_of_loss
 from curvlab.comparison_settings import CompareSettings
 from curvlab.curvature.base import with_defaults
 from curvlab.derivatives import precise
@@ -372,6 +372,7 @@ class Looker:
         self.log.attributes["watch_seconds"] = round(self.seconds, 6)
         self.log.attributes["watch_samples"] = self.samples
         log_every, seed = self.settings.log_every, self.objective.seed
+        say_still(self.objective, [*self.watched, *self._descents], found)
         try:
             log_samples(self.log, number, found, self.every, log_every, seed, more)
         except CurvlabError as error:  # a full disk ends no training; the end tries again

@@ -494,6 +494,32 @@ def test_an_optimizer_that_fails_later_is_one_line() -> None:
         stepped(FailsLater, batches(20))
 
 
+class StandsStill(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return None
+
+
+class Flattens(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.data = p.data.flatten()
+
+
+def test_a_shape_that_the_step_changes_is_one_line() -> None:
+    with pytest.raises(cl.CurvlabError, match=r"0\.weight of shape \[7, 5\] into one of \[35\]"):
+        stepped(Flattens, batches(1))
+
+
+def test_a_member_that_stands_still_has_no_cosine_which_is_said() -> None:
+    objective = cl.Objective(network(), cl.likelihoods.Categorical())
+    still = cl.foreign(StandsStill)
+    with pytest.warns(cl.CurvlabWarning, match=rf"no direction of {still} at some step") as said:
+        run = cl.compare(objective, batches(), algorithms=["sgd-m", still], warm=())
+    assert len(said) == 1
+    assert run.dataset["cosine"].sel(algorithm=still).isnull().all()
+    assert run.dataset["cosine"].sel(algorithm="sgd-m").notnull().all()
+
+
 def test_norms_decay_and_chance_are_no_history() -> None:
     random.seed(3)
     found = stepped(Scaled, batches())

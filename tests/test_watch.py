@@ -348,6 +348,27 @@ def test_decoupled_decay_is_apart_and_the_learning_rate_logged() -> None:
     np.testing.assert_allclose(ds["displacement_norm"].isel(step=0, block=0), moved, rtol=1e-9)
 
 
+def test_a_warm_up_from_a_rate_of_zero_has_no_direction_at_first_which_is_said() -> None:
+    model = plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2)
+    watch = cl.watch(model, cl.likelihoods.Categorical(), optimizer, algorithms=["sgd-m"])
+
+    def train() -> None:
+        with watch as seen:
+            for x, y in seen(minibatches(3)):
+                optimizer.zero_grad()
+                loss_of(model, x, y).backward()
+                optimizer.step()
+                schedule.step()
+
+    with pytest.warns(CurvlabWarning, match=r"no direction of watched at some step: it is zero"):
+        train()
+    cosine = watch.dataset["cosine"].sel(algorithm="sgd-m")
+    assert cosine.isel(step=0).isnull().all()
+    np.testing.assert_allclose(cosine.isel(step=slice(1, None)), 1, rtol=1e-12)
+
+
 def test_a_watched_optimizer_is_its_own_shadow() -> None:
     """The same optimizer as a member: two routes to one direction, decay apart in both."""
     model = plain()

@@ -217,6 +217,11 @@ class Shadow(CurvatureDefaults):
 
     def _direction(self, name: str, rate: float, kept: float) -> Tensor:
         old, new = self.objective.parameters[name].detach(), self.clones[name].detach()
+        if new.shape != old.shape:
+            raise CurvlabError(
+                f"{self.name} turns {name} of shape {list(old.shape)} into one of"
+                f" {list(new.shape)} in its step"
+            )
         if not rate:
             return torch.zeros_like(old)
         wide = torch.promote_types(old.dtype, torch.float32)
