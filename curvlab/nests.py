@@ -180,6 +180,11 @@ def times_written(x: Any) -> list[int]:
     return [0 if t.is_inference() else t._version for _, t in _leaves(x)]
 
 
+def leaves(tree: Any) -> list[Tensor]:
+    """Return all tensors of a structure, in its order; none where there is none."""
+    return [t for _, t in _leaves(tree)]
+
+
 def joined(minibatches: Sequence[Batched]) -> Batched:
     """Return the examples of several minibatches of one form as one, in their order.
 

@@ -1,4 +1,4 @@
-"""What `watch` is given of a loop: its optimizers, its model, the inputs of a call, each plain."""
+"""What `watch` is given of a loop: its optimizers and its model, each plain."""
 
 from __future__ import annotations
 
@@ -97,21 +97,6 @@ def closure_in(args: Sequence[Any], named: Mapping[str, Any]) -> Any:
     `step(closure)` is all that torch says of a step's arguments.
     """
     return next(iter((*args[1:], *named.values())), None)
-
-
-def called_with(args: Sequence[Any], named: Mapping[str, Any], labels: str | int, x: Any) -> Any:
-    """Return the inputs of a model's call as one value; `x` where they are no plain inputs.
-
-    Args:
-        args: by position.
-        named: by keyword.
-        labels: the key of the targets, which are no inputs.
-        x: as the loop was handed them.
-    """
-    rest = {key: value for key, value in named.items() if key != labels}
-    if args and not rest:
-        return args[0] if len(args) == 1 else tuple(args)
-    return rest if rest and not args else x
 
 
 class ForwardHook:

@@ -22,21 +22,29 @@ from curvlab.shared_looks import agree, tell_failure
 from curvlab.system.random_state import Chance
 
 
-def minibatches_of_all(objective: Objective, step: int, own: int) -> int:
+def minibatches_of_all(objective: Objective, step: int, own: int, begun: bool) -> int:
     """Return how many minibatches the ranks have of a step; 0 where one of them has none.
 
     Args:
         objective: of the ranks, who say it where some have and some have not.
         step: its number.
         own: this rank's minibatches of it.
+        begun: whether there is a log already: then it is said too where all have none.
     """
     counts = [int(count) for (count,) in objective.ranks.numbers([float(own)])]
-    if all(counts) or not any(counts):
+    if all(counts):
         return sum(counts)
-    objective.say(
-        f"step {step} is not logged, nor others like it: rank {counts.index(0)} has seen no"
-        " minibatch of it, and its gradient is of all ranks"
-    )
+    if any(counts):
+        objective.say(
+            f"step {step} is not logged, nor others like it: rank {counts.index(0)} has seen no"
+            " minibatch of it, and its gradient is of all ranks"
+        )
+    elif begun:
+        objective.say(
+            "a step is not logged, nor others like it: watch was handed its minibatch long before,"
+            " or not at all (go through watch(loader) as the training goes, or step inside of"
+            " watch.batch(x, y))"
+        )
     return 0
 
 

@@ -80,12 +80,14 @@ class SeenBatch:
         y: targets.
         chance: the global generators.
         cast: autocast around the call, (type of device, dtype).
+        part: whether the model was run on a part of it at a time.
     """
 
     x: Any
     y: Any
     chance: random_state.Chance
     cast: tuple[str, torch.dtype] | None
+    part: bool = False
 
 
 @dataclass
@@ -143,6 +145,7 @@ class Looker:
         self.clock = clock_of(objective.device)
         self.log: Log | None = None
         self.samples, self.lost, self.seconds = 0, 0, 0.0
+        self._unlike = False  # whether it was said that the gradients are
         self._descents: dict[str, Descent] = {}
         self._alive: dict[str, Descent] = {}
         self._learning: dict[str, float] = {}
@@ -175,7 +178,7 @@ class Looker:
                 random_state.set_states(chance_of_first(self.objective.ranks, first.chance), device)
                 cast = nullcontext() if first.cast is None else torch.autocast(*first.cast)
                 with cast, precise():
-                    found, record = self._seen(taken, now, count)
+                    found, record = self._seen(taken, now, count > 1 or first.part)
             except RankLost:
                 raise
             except CurvlabError as error:
@@ -215,9 +218,9 @@ class Looker:
                 else "dropout, or what else is drawn, has other random numbers"
             )
             self.objective.say(
-                "the minibatches of a step (that add up, or of several processes) are looked at as"
-                f" one, in which {why} than in each alone: its gradient is not the loop's own (the"
-                " log has their cosine)"
+                "the minibatches of a step (that add up, parts of one, or of several processes) are"
+                f" looked at as one, in which {why} than in each alone: its gradient is not the"
+                " loop's own (the log has their cosine)"
             )
             return False
         return True
@@ -259,7 +262,7 @@ class Looker:
                 p.data = new[name]
 
     def _seen(
-        self, taken: Taken, closure: Closure, count: int
+        self, taken: Taken, closure: Closure, several: bool
     ) -> tuple[dict[str, Sample], dict[str, Any]]:
         assert self.log is not None
         log, seed = self.log, self.objective.seed
@@ -278,7 +281,7 @@ class Looker:
                 *(d.needs for d in self._alive.values()), *(PROBES[name].needs for name in due)
             )
             now = closure.observe(needs, move_buffers=False)
-            as_one = count == 1 or self._is_a_mean(closure)
+            as_one = not several or self._is_a_mean(closure)
             nothing = {name: torch.full_like(g, torch.nan) for name, g in now.gradients.items()}
             for name in self._descents:
                 directions[name], seconds[name] = nothing, math.nan
@@ -352,8 +355,9 @@ class Looker:
             cosines = inner / (norms * owns)
             whole = np.nansum(inner) / math.sqrt(np.nansum(norms**2) * np.nansum(owns**2) or 1.0)
         known = bool(np.isfinite(inner).any()) and np.nansum(norms) > 0
-        if comparable and known and whole < ALIKE:
-            self.objective.say(
+        if comparable and known and whole < ALIKE and not self._unlike:
+            self._unlike = True
+            warn(
                 f"the gradient that the optimizer was given has a cosine of {whole:.2g} to that of"
                 " the likelihood on the minibatches which watch has seen: is the likelihood the"
                 " loop's own loss, and did watch see every minibatch of the step?"

@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,39 +19,17 @@ import xarray as xr
 from torch import nn
 
 from curvlab.closure import Closure
-from curvlab.derivatives import around
 from curvlab.errors import CurvlabError, warn
 from curvlab.logs.log import Log
-from curvlab.nests import copied
 from curvlab.system import random_state
 from curvlab.system.lock import exclusive_lock
-from curvlab.watched_loop import ForwardHook, called_with, closure_in, decays_of, rate_in
+from curvlab.watched_batches import HandedBatches, called_with
+from curvlab.watched_loop import ForwardHook, closure_in, decays_of, rate_in
 from curvlab.watched_ranks import minibatches_of_all
 from curvlab.watched_step import Looker, SeenBatch, Taken
 
 Take = Callable[[Any], tuple[Any, Any]]
 """A function of a minibatch as the loop has it: (inputs, targets)."""
-
-
-@dataclass
-class Handed:
-    """A minibatch that the loop was handed, and what is known of the model's call on it.
-
-    Args:
-        x: inputs.
-        y: targets.
-        chance: the generators, as they stood at the call, or when it was handed.
-        cast: autocast, likewise.
-        final: whether the inputs are as the model takes them, whatever it is called with.
-        called: whether the model was called since.
-    """
-
-    x: Any
-    y: Any
-    chance: random_state.Chance
-    cast: tuple[str, torch.dtype] | None
-    final: bool
-    called: bool = False
 
 
 class Watcher:
@@ -82,7 +59,7 @@ class Watcher:
         self._opened: ExitStack | None = None
         self._looking = False
         self._due = True
-        self._handed: list[Handed] = []  # since the last step, where it is due
+        self._handed = HandedBatches(self._read, self._chance)
         self._stepped: set[int] = set()
         self._taken: Taken | None = None
         self._begun = 0.0
@@ -140,15 +117,15 @@ class Watcher:
             raise CurvlabError("the watch is not open: with curvlab.watch(…) as watch: …")
         if self._stepped:  # one of several optimizers has not stepped this time
             self._finish()
+        handed = self._handed
         if not self._due:
+            handed.keep_ahead(x, y)
             return
-        if self._handed:
-            self._forget_skipped(self._handed)
-        final = y is not None or self.take is not None
-        pair = (x, y)
-        if y is None:
-            pair = self.objective.interface.apart(x) if self.take is None else self.take(x)
-        self._handed.append(Handed(*pair, self._chance(), around(), final))
+        if len(handed) and self._gradients_are_gone():
+            self._forget_skipped()
+            for one in handed.waiting:
+                one.idle = True
+        handed.hand(x, y)
 
     # ---- opening and closing
 
@@ -227,21 +204,20 @@ class Watcher:
         labels = self.objective.interface.labels
         if self.calls and module.training and (labels in named or self.take is not None):
             self.see(dict(named))
-        if not self._handed or self._handed[-1].called:
+        inputs = called_with(args, named, labels)
+        handed = self._handed.of_call(inputs)
+        if handed is None:
             return
-        last = self._handed[-1]
-        if len(self._handed) > 1:
-            self._forget_skipped(self._handed[:-1])
-        x = last.x if last.final else called_with(args, named, labels, last.x)
-        last.x, last.y = copied(x), copied(last.y)
-        last.called, last.chance, last.cast = True, self._chance(), around()
+        if self._handed.called and self._gradients_are_gone():
+            self._forget_skipped()
+        self._handed.call(handed, inputs)
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], named: dict[str, Any]
     ) -> None:
         if id(optimizer) in self._stepped:  # the others have not stepped this time
             self._finish()
-        if not self._due or not self._handed:
+        if not self._due or not len(self._handed):
             return
         if self._taken is None:
             old = {n: p.detach().clone() for n, p in self.objective.parameters.items()}
@@ -262,7 +238,8 @@ class Watcher:
                 self._note(taken, optimizer, not isinstance(optimizer, torch.optim.LBFGS))
             flag = getattr(optimizer, "found_inf", None)  # of a scaler that lets it step in vain
             if flag is not None and float(flag):
-                self._taken, self._handed = None, []
+                self._taken = None
+                self._handed.forget()
                 self._skip()
                 return
         self._stepped.add(id(optimizer))
@@ -288,38 +265,50 @@ class Watcher:
 
     def _finish(self) -> None:
         """Look at the step that is done, if it is due, and get ready for the next."""
-        taken, handed = self._taken, self._handed
-        number, due = self.steps, self._due
-        self._taken, self._handed = None, []
+        taken, number, due = self._taken, self.steps, self._due
+        handed, skipped = self._handed.take()
+        self._taken = None
         self._stepped.clear()
         self.steps += 1
         self._due = bool(self.looker.due(self.steps))
         if not due:
             return
+        if skipped:
+            self._skip()
         own = 0 if taken is None else len(handed)
-        count = minibatches_of_all(self.objective, number, own)
+        count = minibatches_of_all(self.objective, number, own, self.log is not None)
         if not count:
             return
         assert taken is not None
         self._looking = True
         try:
-            seen = [SeenBatch(h.x, h.y, h.chance, h.cast) for h in handed]
+            seen = [SeenBatch(h.x, h.y, h.chance, h.cast, h.part) for h in handed]
             self.looker.look(taken, seen, count)
         finally:
             self._looking = False
 
-    def _forget_skipped(self, handed: Sequence[Handed]) -> None:
-        """Drop minibatches whose gradients are gone: the step that they were for was skipped."""
+    def _read(self, x: Any, y: Any) -> tuple[Any, Any, bool]:
+        """Return inputs and targets of a minibatch, and whether the inputs are final."""
+        if y is not None:
+            return x, y, True
+        x, y = self.objective.interface.apart(x) if self.take is None else self.take(x)
+        return x, y, self.take is not None
+
+    def _gradients_are_gone(self) -> bool:
         parameters = self.objective.parameters.values()
-        if all(p.grad is None or not bool(p.grad.any()) for p in parameters):
-            self._handed = [h for h in self._handed if not any(h is other for other in handed)]
+        return all(p.grad is None or not bool(p.grad.any()) for p in parameters)
+
+    def _forget_skipped(self) -> None:
+        """Drop minibatches whose gradients are gone: the step that they were for was skipped."""
+        if self._handed.called:
+            self._handed.called = []
             self._skip()
 
     def _skip(self) -> None:
         self.skipped += 1
         self.objective.say(
-            f"a step was skipped before step {self.steps} (by a GradScaler, say): it is not logged,"
-            " nor are its minibatches"
+            f"a step was skipped before step {self.steps} (by a GradScaler, say, or taken by an"
+            " optimizer that is not watched): it is not logged, nor are its minibatches"
         )
 
     def _chance(self) -> random_state.Chance:

@@ -131,6 +131,28 @@ def autocast_loop(model: nn.Module, data: Loader, watch: Watch) -> None:
             scaler.update()
 
 
+def prefetching_loop(model: nn.Module, data: Loader, watch: Watch) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer) as seen:
+        coming = iter(seen(data))
+        batch = next(coming)
+        while batch is not None:
+            (x, y), batch = batch, next(coming, None)
+            optimizer.zero_grad()
+            loss_of(model, x.clone(), y).backward()
+            optimizer.step()
+
+
+def loop_by_parts(model: nn.Module, data: Loader, watch: Watch) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer) as seen:
+        for x, y in seen(data):
+            optimizer.zero_grad()
+            for part, labels in zip(x.split(4), y.split(4), strict=True):
+                (loss_of(model, part, labels) * (len(part) / len(x))).backward()
+            optimizer.step()
+
+
 LOOPS: dict[str, Loop] = {
     "plain": plain_loop,
     "accumulation and clipping": accumulating_loop,
@@ -138,6 +160,8 @@ LOOPS: dict[str, Loop] = {
     "closure": closure_loop,
     "compiled": compiled_loop,
     "autocast": autocast_loop,
+    "prefetching": prefetching_loop,
+    "by parts": loop_by_parts,
 }
 
 
@@ -228,6 +252,43 @@ def test_probes_that_run_the_model_change_no_bit() -> None:
 
 
 # ---- what is logged
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("loop", [prefetching_loop, loop_by_parts])
+def test_what_the_model_is_called_on_says_which_minibatch_a_step_is_of(
+    loop: Loop, every: int
+) -> None:
+    """The log is that of the plain loop, which takes the same steps."""
+    opened, model = Opened(every=every), plain()
+    loop(model, minibatches(), opened)
+    other = plain()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    expected = watched(other, optimizer=optimizer, algorithms=["kfac", "sgd-m"], every=every)
+    sgd_loop(other, expected, optimizer, minibatches())
+    found = opened.last.dataset
+    assert found["step"].values.tolist() == list(range(0, 5, every))
+    for name in ("gram", "loss", "optimizer_gradient_cosine", "minibatches"):
+        np.testing.assert_allclose(found[name], expected.dataset[name], rtol=1e-10, atol=1e-12)
+
+
+def test_minibatches_that_come_all_at_once_are_said() -> None:
+    model = plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = watched(model, optimizer=optimizer)
+
+    def train() -> None:
+        with seen:
+            for x, y in list(seen(minibatches(8))):
+                optimizer.zero_grad()
+                loss_of(model, x, y).backward()
+                optimizer.step()
+
+    with pytest.warns(CurvlabWarning, match="handed its minibatch long before, or not at all"):
+        train()
+    cosine = seen.dataset["optimizer_gradient_cosine"]
+    np.testing.assert_allclose(cosine, 1, rtol=1e-12)
+    assert cosine.sizes["step"] < 8
 
 
 def sgd_loop(model: nn.Module, seen: Any, optimizer: torch.optim.Optimizer, data: Loader) -> None:
