@@ -132,6 +132,11 @@ class HandedBatches:
         """Forget what was handed for this step."""
         self.called, self.waiting = [], []
 
+    def close(self) -> None:
+        """Forget all of them."""
+        self.forget()
+        self._ahead.clear()
+
 
 def _as_read(handed: Handed) -> tuple[Any, Any, bool]:
     return handed.x, handed.y, handed.final

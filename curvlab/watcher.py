@@ -171,6 +171,7 @@ class Watcher:
         with opened:
             if self._stepped and kind is None:
                 self._finish()
+            self._handed.close()
             if self.log is not None:
                 self.log.attributes |= {
                     "steps": self.steps,
