@@ -131,7 +131,7 @@ def compare(
         lr=lr,
         damping=damping,
         probes=tuple(several(probes)),
-        **known_options(options, CompareSettings, "compare"),
+        **known_options(options, CompareSettings, compare),
     )
     settings.check()
     if steps is not None:

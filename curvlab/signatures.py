@@ -15,13 +15,15 @@ from curvlab.errors import unknown
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def known_options(options: Mapping[str, Any], settings: type, function: str) -> dict[str, Any]:
+def known_options(
+    options: Mapping[str, Any], settings: type, function: Callable[..., Any]
+) -> dict[str, Any]:
     """Return the options, all of which are fields of `settings`, a dataclass.
 
     Args:
         options: a user's.
         settings: the dataclass.
-        function: its name in an error's line.
+        function: that has the options, beside parameters of its own.
 
     Raises:
         CurvlabError: an option that it does not have, with the names that it has.
@@ -29,7 +31,12 @@ def known_options(options: Mapping[str, Any], settings: type, function: str) -> 
     names = [field.name for field in dataclasses.fields(settings)]
     for name in options:
         if name not in names:
-            raise unknown(f"option of {function}", name, names)
+            named = [
+                other.name
+                for other in inspect.signature(function).parameters.values()
+                if other.kind is inspect.Parameter.KEYWORD_ONLY
+            ]
+            raise unknown(f"option of {function.__name__}", name, named)
     return dict(options)
 
 

@@ -19,7 +19,7 @@ import xarray as xr
 from torch import nn
 
 from curvlab.closure import Closure
-from curvlab.errors import CurvlabError, warn
+from curvlab.errors import CurvlabError, shown, warn
 from curvlab.logs.log import Log
 from curvlab.system import random_state
 from curvlab.system.lock import exclusive_lock
@@ -93,7 +93,13 @@ class Watcher:
         return self.looker.seconds
 
     def __call__(self, loader: Iterable[Any]) -> WatchedLoader:
-        """Return the loader, to go through as before: its minibatches are remembered."""
+        """Return the loader, to go through as before: its minibatches are remembered.
+
+        Raises:
+            CurvlabError: it is nothing to go through.
+        """
+        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+            raise CurvlabError(f"watch(…) takes the loop's loader, not {shown(loader)}")
         return WatchedLoader(self, loader)
 
     @contextmanager

@@ -100,7 +100,7 @@ def watch(
         CurvlabError: unknown names, values out of range or of another type, trainable parameters
             that no optimizer has, a path that cannot be written.
     """
-    settings = WatchSettings(**known_options(options, WatchSettings, "watch"))
+    settings = WatchSettings(**known_options(options, WatchSettings, watch))
     if settings.take is not None and not callable(settings.take):
         raise CurvlabError(f"take must be a function of a minibatch, not {shown(settings.take)}")
     optimizers = plain_optimizers(optimizer)

@@ -698,6 +698,7 @@ def watched(model: nn.Module | None = None, **options: Any) -> Any:
         ({"seed": 1.5}, "the seed must be a whole number, not 1.5"),
         ({"take": 3}, "take must be a function of a minibatch, not 3"),
         ({"tale": 3}, "unknown option of watch 'tale'; did you mean 'take'"),
+        ({"evry": 3}, "unknown option of watch 'evry'; did you mean 'every'"),
         ({"optimizer": 3}, "optimizer must be a torch.optim.Optimizer, or a list of them, not 3"),
         ({"optimizer": []}, "there is no optimizer"),
         ({"likelihood": cl.likelihoods.Categorical}, "unknown likelihood"),
@@ -743,6 +744,8 @@ def test_a_watch_without_a_step_or_a_minibatch_says_so() -> None:
         sgd_loop(model, Blind(blind), optimizer, minibatches(2))
     with pytest.raises(CurvlabError, match="the watch is not open"):
         next(iter(seen(minibatches(1))))
+    with pytest.raises(CurvlabError, match="takes the loop's loader, not 5"):
+        seen(5)
 
 
 class Blind(Nobody):
