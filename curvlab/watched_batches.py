@@ -175,8 +175,14 @@ def _are(one: Any, other: Any) -> bool:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Return whether both hold tensors of the same values, on whichever device, of any dtype."""
+    """Return whether both hold tensors of the same values, on whichever device, of any dtype.
+
+    Sparse and jagged ones are not held against each other.
+    """
     pairs = list(_pairs(one, other))
     return bool(pairs) and all(
-        a.shape == b.shape and torch.equal(a.to(b.device, b.dtype), b) for a, b in pairs
+        a.layout is b.layout is torch.strided
+        and a.shape == b.shape
+        and torch.equal(a.to(b.device, b.dtype), b)
+        for a, b in pairs
     )
