@@ -35,6 +35,7 @@ class Handed:
         cast: autocast, likewise.
         idle: whether the gradients were gone when the next one was handed.
         part: whether the model was called on a part of it.
+        origin: the inputs as they were handed.
     """
 
     x: Any
@@ -44,6 +45,7 @@ class Handed:
     cast: tuple[str, torch.dtype] | None
     idle: bool = False
     part: bool = False
+    origin: Any = None
 
 
 class HandedBatches:
@@ -89,13 +91,13 @@ class HandedBatches:
             for handed in reversed(self.waiting):
                 if alike(handed.x, inputs):
                     return handed
-            if any(alike(handed.x, inputs) for handed in self.called):
-                return None
-            for one in reversed(self._ahead):
-                x, y, final = one()
-                if alike(x, inputs):
-                    self._ahead.remove(one)
-                    return Handed(x, y, final, self.chance(), around())
+        if any(_are(h.origin, inputs) or _equal(h.x, inputs) for h in self.called):
+            return None
+        for one in reversed(self._ahead):
+            x, y, final = one()
+            if _are(x, inputs) or _equal(x, inputs):
+                self._ahead.remove(one)
+                return Handed(x, y, final, self.chance(), around())
         return self.waiting[-1] if self.waiting else None
 
     def call(self, handed: Handed, inputs: Any) -> None:
@@ -109,7 +111,7 @@ class HandedBatches:
         if inputs is not None:
             handed.part = _length(inputs) != _length(handed.y) == _length(handed.x)
         x = handed.x if handed.final or handed.part or inputs is None else inputs
-        handed.x, handed.y = copied(x), copied(handed.y)
+        handed.origin, handed.x, handed.y = handed.x, copied(x), copied(handed.y)
         handed.chance, handed.cast = self.chance(), around()
 
     def take(self) -> tuple[list[Handed], bool]:
@@ -163,7 +165,7 @@ def _length(tree: Any) -> int | None:
 
 def _pairs(one: Any, other: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the tensors of both, where there are as many."""
-    ours, theirs = list(leaves(one)), list(leaves(other))
+    ours, theirs = leaves(one), leaves(other)
     if len(ours) == len(theirs):
         yield from zip(ours, theirs, strict=True)
 

@@ -272,6 +272,24 @@ def test_what_the_model_is_called_on_says_which_minibatch_a_step_is_of(
         np.testing.assert_allclose(found[name], expected.dataset[name], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("reused", [False, True])
+def test_a_second_call_on_a_minibatch_is_no_second_minibatch(reused: bool) -> None:
+    """Also where a loader writes over the one that the last step was on."""
+    model = plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = watched(model, optimizer=optimizer, every=2)
+    data = minibatches()
+    with seen:
+        for x, y in seen(OneBuffer(data) if reused else data):
+            optimizer.zero_grad()
+            ((loss_of(model, x, y) + loss_of(model, x, y)) / 2).backward()
+            optimizer.step()
+    ds = seen.dataset
+    assert ds["minibatches"].values.tolist() == [1, 1, 1]
+    assert ds.attrs["skipped_steps"] == 0
+    np.testing.assert_allclose(ds["optimizer_gradient_cosine"], 1, rtol=1e-12)
+
+
 def test_minibatches_that_come_all_at_once_are_said() -> None:
     model = plain()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
