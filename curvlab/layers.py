@@ -85,7 +85,7 @@ def layer_of(module: nn.Module) -> Layer | None:
         if found is not None:
             return (
                 found
-                if getattr(module, found.weight, None) is not None and found.covers(module)
+                if module._parameters.get(found.weight) is not None and found.covers(module)
                 else None
             )
     return None

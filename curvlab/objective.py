@@ -153,9 +153,12 @@ class Objective:
 
     @property
     def device(self) -> torch.device:
-        """The device of the first block's first parameter, on which labels are drawn."""
-        _, owner, key = self._slots[0]
-        return owner[key].device  # type: ignore[union-attr]  # none is None
+        """The device of the first block's first parameter, on which labels are drawn.
+
+        Of the next one where the model has lost it, which `check_modules` says.
+        """
+        there = (p for _, owner, key in self._slots if (p := owner.get(key)) is not None)
+        return next((p.device for p in there), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -244,13 +247,14 @@ class Objective:
         for name, owner, key in self._slots:
             if owner.get(key) is None:
                 raise CurvlabError(
-                    f"the model has no parameter '{name}' any more: make a new Objective"
+                    f"the model has no parameter '{name}' any more: make a new Objective, or begin"
+                    " another watch"
                 )
         for children, name, module in self._lineage:
             if children.get(name) is not module:
                 raise CurvlabError(
                     f"the layer '{name}' was replaced after the objective was made: make a new"
-                    " Objective"
+                    " Objective, or begin another watch"
                 )
 
     def check_trained(self) -> None:

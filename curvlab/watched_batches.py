@@ -16,11 +16,33 @@ import torch
 from torch import Tensor
 
 from curvlab.derivatives import around
+from curvlab.model_state import ModelState
 from curvlab.nests import copied, leaves
-from curvlab.system.random_state import Chance
+from curvlab.objective import Objective
+from curvlab.system.random_state import Chance, states
 
 AHEAD = 2
 """How many minibatches a loop may be handed before it calls its model on the first of them."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What stands at a call of the model, beside its weights and inputs.
+
+    Args:
+        chance: the global generators.
+        state: of the model.
+        cast: autocast around the call, (type of device, dtype).
+    """
+
+    chance: Chance
+    state: ModelState
+    cast: tuple[str, torch.dtype] | None
+
+    @classmethod
+    def of(cls, objective: Objective) -> Moment:
+        """Return what stands now."""
+        return cls(states(objective.device), ModelState(objective.model), around())
 
 
 @dataclass(eq=False)
@@ -31,8 +53,7 @@ class Handed:
         x: inputs.
         y: targets.
         final: whether the inputs are as the model takes them, whatever it is called with.
-        chance: the generators, as they stood at the call, or when it was handed.
-        cast: autocast, likewise.
+        moment: what stood at the call, or when it was handed.
         idle: whether the gradients were gone when the next one was handed.
         part: whether the model was called on a part of it.
         origin: the inputs as they were handed.
@@ -41,8 +62,7 @@ class Handed:
     x: Any
     y: Any
     final: bool
-    chance: Chance
-    cast: tuple[str, torch.dtype] | None
+    moment: Moment
     idle: bool = False
     part: bool = False
     origin: Any = None
@@ -54,13 +74,13 @@ class HandedBatches:
     Args:
         read: inputs and targets as the loop has them → as the objective does, and whether the
             inputs are final.
-        chance: returns the generators, as they stand.
+        moment: returns what stands.
     """
 
     def __init__(
-        self, read: Callable[[Any, Any], tuple[Any, Any, bool]], chance: Callable[[], Chance]
+        self, read: Callable[[Any, Any], tuple[Any, Any, bool]], moment: Callable[[], Moment]
     ) -> None:
-        self.read, self.chance = read, chance
+        self.read, self.moment = read, moment
         self.called: list[Handed] = []
         """Those that the model was called on, in the order of the calls."""
         self.waiting: list[Handed] = []
@@ -72,7 +92,7 @@ class HandedBatches:
 
     def hand(self, x: Any, y: Any) -> None:
         """Take a minibatch for the step that is next looked at."""
-        self.waiting.append(Handed(*self.read(x, y), self.chance(), around()))
+        self.waiting.append(Handed(*self.read(x, y), self.moment()))
 
     def keep_ahead(self, x: Any, y: Any) -> None:
         """Keep what is handed while no look is due: the step that is looked at may be on it."""
@@ -97,7 +117,7 @@ class HandedBatches:
             x, y, final = one()
             if _are(x, inputs) or _equal(x, inputs):
                 self._ahead.remove(one)
-                return Handed(x, y, final, self.chance(), around())
+                return Handed(x, y, final, self.moment())
         return self.waiting[-1] if self.waiting else None
 
     def call(self, handed: Handed, inputs: Any) -> None:
@@ -112,7 +132,7 @@ class HandedBatches:
             handed.part = _length(inputs) != _length(handed.y) == _length(handed.x)
         x = handed.x if handed.final or handed.part or inputs is None else inputs
         handed.origin, handed.x, handed.y = handed.x, copied(x), copied(handed.y)
-        handed.chance, handed.cast = self.chance(), around()
+        handed.moment = self.moment()
 
     def take(self) -> tuple[list[Handed], bool]:
         """Return those of the step that is done, and whether a step before it was skipped.

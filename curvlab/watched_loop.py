@@ -41,14 +41,40 @@ def plain_optimizers(given: Optimizers) -> list[torch.optim.Optimizer]:
 
 def check_held(objective: Objective, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Raise CurvlabError where trainable parameters of the model are in no optimizer's groups."""
-    held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+    held = _held(optimizers)
     loose = [name for name, p in objective.parameters.items() if id(p) not in held]
     if loose:
-        more = f" and {len(loose) - 3} more" if len(loose) > 3 else ""
         raise CurvlabError(
-            f"parameters {', '.join(loose[:3])}{more} of the model are trainable but in no"
-            " optimizer: give watch all optimizers of the loop as a list, or freeze them"
+            f"parameters {_listed(loose)} of the model are trainable but in no optimizer: give"
+            " watch all optimizers of the loop as a list, or freeze them"
         )
+
+
+def in_no_block(
+    objective: Objective, optimizers: Sequence[torch.optim.Optimizer]
+) -> list[nn.Parameter]:
+    """Return parameters that are trained now and were not when the watch was made; say it once."""
+    held, blocks = _held(optimizers), {id(p) for p in objective.parameters.values()}
+    found = {
+        name: p
+        for name, p in objective.model.named_parameters()
+        if p.requires_grad and id(p) in held and id(p) not in blocks
+    }
+    if found:
+        objective.say(
+            f"parameters {_listed(list(found))} of the model are trained now and were not when the"
+            " watch was made: they are in no block of its log; make another watch for them"
+        )
+    return list(found.values())
+
+
+def _held(optimizers: Sequence[torch.optim.Optimizer]) -> set[int]:
+    return {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def described_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from curvlab import model_state
 from curvlab.closure import Closure
 from curvlab.comparison_loop import log_samples, say_still, tell_of_loss
 from curvlab.comparison_settings import CompareSettings
@@ -45,6 +46,7 @@ from curvlab.probes.base import (
 )
 from curvlab.strangers import mixes
 from curvlab.system import random_state
+from curvlab.watched_batches import Handed
 from curvlab.watched_ranks import buffers_of_first, chance_of_first, joined_minibatch
 
 WATCHED = "watched"
@@ -71,25 +73,6 @@ BESIDE = {
 """Variables of a watched step beside those of a comparison."""
 
 
-@dataclass(frozen=True)
-class SeenBatch:
-    """A minibatch of the loop, and what stood when the model was run on it.
-
-    Args:
-        x: inputs.
-        y: targets.
-        chance: the global generators.
-        cast: autocast around the call, (type of device, dtype).
-        part: whether the model was run on a part of it at a time.
-    """
-
-    x: Any
-    y: Any
-    chance: random_state.Chance
-    cast: tuple[str, torch.dtype] | None
-    part: bool = False
-
-
 @dataclass
 class Taken:
     """A step: all that has to be kept of what was before it.
@@ -97,6 +80,7 @@ class Taken:
     Args:
         number: of the step, from 0.
         old: {parameter: its value before}.
+        others: (a parameter of the model in no block, that is trained now, its value before).
         rates: {parameter: its learning rate}, of the optimizers that have stepped.
         decays: {parameter: γ of decoupled decay}.
         gradients: {parameter: what the optimizer was given}; what is absent is not known.
@@ -106,6 +90,7 @@ class Taken:
 
     number: int
     old: dict[str, Tensor]
+    others: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
     rates: dict[str, float] = field(default_factory=dict)
     decays: dict[str, float] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -154,7 +139,7 @@ class Looker:
         """Return the probes that are taken at a step."""
         return [name for name, every in self.every.items() if number % every == 0]
 
-    def look(self, taken: Taken, seen: Sequence[SeenBatch], count: int) -> None:
+    def look(self, taken: Taken, seen: Sequence[Handed], count: int) -> None:
         """Look at a step that was taken over these minibatches, and log it.
 
         A loss or gradient that is not finite is a line of warning, and nothing is logged.
@@ -170,13 +155,18 @@ class Looker:
                 likelihood; later they are a line of warning too.
         """
         start, device = self.clock(), self.objective.device
-        first = seen[0]
+        first, moment = seen[0], seen[0].moment
         now: Closure | None = None
-        with random_state.kept(device), buffers_of_first(self.objective):
+        with ExitStack() as stack:
+            stack.enter_context(random_state.kept(device))
+            stack.enter_context(model_state.kept(self.objective.model))
             try:
+                moment.state.put_back()
+                stack.enter_context(buffers_of_first(self.objective))
                 now = self._closure(seen)
-                random_state.set_states(chance_of_first(self.objective.ranks, first.chance), device)
-                cast = nullcontext() if first.cast is None else torch.autocast(*first.cast)
+                chance = chance_of_first(self.objective.ranks, moment.chance)
+                random_state.set_states(chance, device)
+                cast = nullcontext() if moment.cast is None else torch.autocast(*moment.cast)
                 with cast, precise():
                     found, record = self._seen(taken, now, count > 1 or first.part)
             except RankLost:
@@ -200,7 +190,7 @@ class Looker:
 
     # ---- the minibatch
 
-    def _closure(self, seen: Sequence[SeenBatch]) -> Closure:
+    def _closure(self, seen: Sequence[Handed]) -> Closure:
         """Return the minibatches of a step as one, of the mean over all examples."""
         x, y = joined_minibatch(self.objective, [(one.x, one.y) for one in seen])
         closure = self.objective.closure(x, y)
@@ -249,17 +239,18 @@ class Looker:
     # ---- the look
 
     @contextmanager
-    def _before(self, old: Mapping[str, Tensor]) -> Iterator[None]:
+    def _before(self, taken: Taken) -> Iterator[None]:
         """Let the weights be those before the step, inside; no byte of the new ones is copied."""
-        parameters = self.objective.parameters
-        new = {name: p.data for name, p in parameters.items()}
+        held = [(p, taken.old[name]) for name, p in self.objective.parameters.items()]
+        held += taken.others
+        new = [p.data for p, _ in held]
         try:
-            for name, p in parameters.items():
-                p.data = old[name]
+            for p, old in held:
+                p.data = old
             yield
         finally:
-            for name, p in parameters.items():
-                p.data = new[name]
+            for (p, _), data in zip(held, new, strict=True):
+                p.data = data
 
     def _seen(
         self, taken: Taken, closure: Closure, several: bool
@@ -276,7 +267,7 @@ class Looker:
             del self._alive[name], curvatures[name]
             tell_of_loss(log, name, seed, first, error)
 
-        with self._before(taken.old):
+        with self._before(taken):
             needs = frozenset[Pass]({"data"}).union(
                 *(d.needs for d in self._alive.values()), *(PROBES[name].needs for name in due)
             )

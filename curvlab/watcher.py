@@ -21,12 +21,11 @@ from torch import nn
 from curvlab.closure import Closure
 from curvlab.errors import CurvlabError, shown, warn
 from curvlab.logs.log import Log
-from curvlab.system import random_state
 from curvlab.system.lock import exclusive_lock
-from curvlab.watched_batches import HandedBatches, called_with
-from curvlab.watched_loop import ForwardHook, closure_in, decays_of, rate_in
+from curvlab.watched_batches import HandedBatches, Moment, called_with
+from curvlab.watched_loop import ForwardHook, closure_in, decays_of, in_no_block, rate_in
 from curvlab.watched_ranks import minibatches_of_all
-from curvlab.watched_step import Looker, SeenBatch, Taken
+from curvlab.watched_step import Looker, Taken
 
 Take = Callable[[Any], tuple[Any, Any]]
 """A function of a minibatch as the loop has it: (inputs, targets)."""
@@ -59,7 +58,7 @@ class Watcher:
         self._opened: ExitStack | None = None
         self._looking = False
         self._due = True
-        self._handed = HandedBatches(self._read, self._chance)
+        self._handed = HandedBatches(self._read, lambda: Moment.of(self.objective))
         self._stepped: set[int] = set()
         self._taken: Taken | None = None
         self._begun = 0.0
@@ -227,11 +226,21 @@ class Watcher:
         if not self._due or not len(self._handed):
             return
         if self._taken is None:
-            old = {n: p.detach().clone() for n, p in self.objective.parameters.items()}
-            self._taken = Taken(self.steps, old, rate=rate_in(self.optimizers[0].param_groups[0]))
+            self._taken = self._before_it()
         # with a closure the gradient is only made inside of the step
         self._note(self._taken, optimizer, gradients=closure_in(args, named) is None)
         self._begun = time.perf_counter()
+
+    def _before_it(self) -> Taken:
+        """Keep the weights before a step: of the blocks, and what is trained besides them now."""
+        parameters = self.objective.parameters
+        self._names = {id(p): name for name, p in parameters.items()}
+        return Taken(
+            self.steps,
+            {name: p.detach().clone() for name, p in parameters.items()},
+            [(p, p.detach().clone()) for p in in_no_block(self.objective, self.optimizers)],
+            rate=rate_in(self.optimizers[0].param_groups[0]),
+        )
 
     def _after_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], named: dict[str, Any]
@@ -289,8 +298,7 @@ class Watcher:
         assert taken is not None
         self._looking = True
         try:
-            seen = [SeenBatch(h.x, h.y, h.chance, h.cast, h.part) for h in handed]
-            self.looker.look(taken, seen, count)
+            self.looker.look(taken, handed, count)
         finally:
             self._looking = False
 
@@ -317,9 +325,6 @@ class Watcher:
             f"a step was skipped before step {self.steps} (by a GradScaler, say, or taken by an"
             " optimizer that is not watched): it is not logged, nor are its minibatches"
         )
-
-    def _chance(self) -> random_state.Chance:
-        return random_state.states(self.objective.device)
 
 
 class WatchedLoader:
