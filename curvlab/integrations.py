@@ -97,7 +97,19 @@ def next_symbols(batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
 
     The targets are the labels one place on, −100 at the last: with ``Categorical(axis=-1,
     ignore_index=-100, per="token")`` the loss is the model's own.
+
+    Args:
+        batch: the keywords of the call.
+
+    Raises:
+        CurvlabError: there are no labels among them.
     """
+    if "labels" not in batch:
+        raise CurvlabError(
+            "the model is called without labels, so that the trainer's loss is not the model's own"
+            " (label smoothing, or a compute_loss of its own): give take= a function of the call's"
+            " keywords that returns (inputs, targets), or leave label smoothing out"
+        )
     labels: Tensor = batch["labels"]
     shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
     return {key: value for key, value in batch.items() if key != "labels"}, shifted

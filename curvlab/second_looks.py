@@ -6,14 +6,15 @@ It has the random numbers that the first drew, and the buffers as they were befo
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from curvlab.derivatives import derivatives
+from curvlab.draws_by_part import DrawsByPart
 from curvlab.errors import CurvlabError
 from curvlab.fingerprint import numbers
 from curvlab.system import random_state
@@ -36,6 +37,9 @@ class SecondLooks:
             None  # outputs of the last look, and how often weights were written to by then
         )
         self._restless = 0.0  # how far two looks differ though nothing moved
+        # (examples, generators before them) of minibatches that were looked at one by one before
+        self.parts: Sequence[tuple[int, random_state.Chance]] = ()
+        self._by_part: DrawsByPart | None = None  # of the last look
 
     def _forward(self, x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
         raise NotImplementedError
@@ -108,6 +112,14 @@ class SecondLooks:
                 restless = _apart(self._repeated(), z.detach())
                 raise CurvlabError((_RESTLESS if restless else _MOVED).format(apart))
 
+    def drew_as_one(self) -> bool:
+        """Return whether the last look drew random numbers that are not those of the parts."""
+        if self._by_part is None or self._by_part.missed or self._generators:
+            return self._drew() or bool(self._generators)
+        return isinstance(self._chance, random_state.Chance) and random_state.drawn_by_hosts(
+            self._chance
+        )
+
     def _drew(self) -> bool:
         return isinstance(self._chance, random_state.Chance) and random_state.drawn_since(
             self._chance, self.x.device
@@ -123,7 +135,8 @@ class SecondLooks:
         if not own or self._chance is None:
             if own:
                 self._chance = QUIET if quiet else random_state.states(device)
-            yield
+            with self._drawing(own and not quiet):
+                yield
             return
         if not isinstance(self._chance, random_state.Chance):
             yield
@@ -134,11 +147,18 @@ class SecondLooks:
         for generator, state in self._generators.items():
             generator.set_state(state)
         try:
-            with random_state.replayed(self._chance, device):
+            with random_state.replayed(self._chance, device), self._drawing(True):
                 yield
         finally:
             for generator, state in now.items():
                 generator.set_state(state)
+
+    def _drawing(self, wanted: bool) -> AbstractContextManager[Any]:
+        """Let each part draw its own random numbers, where there are parts."""
+        if not wanted or not self.parts:
+            return nullcontext()
+        self._by_part = DrawsByPart(self.parts, self.x.device)
+        return self._by_part
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

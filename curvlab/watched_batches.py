@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,8 @@ class Handed:
         x: inputs.
         y: targets.
         final: whether the inputs are as the model takes them, whatever it is called with.
-        moment: what stood at the call, or when it was handed.
+        moment: what stood at the first call, or when it was handed.
+        calls: (examples, what stood) of each call of the model on it, or on a part of it, in order.
         idle: whether the gradients were gone when the next one was handed.
         part: whether the model was called on a part of it.
         origin: the inputs as they were handed.
@@ -65,6 +66,7 @@ class Handed:
     moment: Moment
     idle: bool = False
     part: bool = False
+    calls: list[tuple[int, Moment]] = field(default_factory=list)
     origin: Any = None
 
 
@@ -113,6 +115,8 @@ class HandedBatches:
                     return handed
         if any(_are(h.origin, inputs) or _equal(h.x, inputs) for h in self.called):
             return None
+        if self.called and self.called[-1].part and self._goes_on(self.called[-1], inputs):
+            return None
         for one in reversed(self._ahead):
             x, y, final = one()
             if _are(x, inputs) or _equal(x, inputs):
@@ -133,6 +137,17 @@ class HandedBatches:
         x = handed.x if handed.final or handed.part or inputs is None else inputs
         handed.origin, handed.x, handed.y = handed.x, copied(x), copied(handed.y)
         handed.moment = self.moment()
+        handed.calls = [(_length(inputs if handed.part else handed.x) or 0, handed.moment)]
+
+    def _goes_on(self, handed: Handed, inputs: Any) -> bool:
+        """Note a call on the next part of a minibatch; return whether it is one."""
+        start = sum(size for size, _ in handed.calls)
+        size = _length(inputs) or 0
+        here = [t[start : start + size] if t.ndim else t for t in leaves(handed.x)]
+        if not size or not _equal(here, leaves(inputs)):
+            return False
+        handed.calls.append((size, self.moment()))
+        return True
 
     def take(self) -> tuple[list[Handed], bool]:
         """Return those of the step that is done, and whether a step before it was skipped.

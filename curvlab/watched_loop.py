@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from curvlab.curvature.shadow import Shadow
 from curvlab.errors import CurvlabError, shown
 from curvlab.foreign_kinds import decoupled
 from curvlab.objective import Objective
+from curvlab.strangers import original
 
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
 
@@ -115,6 +118,23 @@ def decays_of(optimizer: torch.optim.Optimizer) -> dict[int, float]:
         for decay in [decoupled(optimizer, group)]
         for p in group["params"]
     }
+
+
+def forms_of(model: nn.Module) -> list[nn.Module]:
+    """Return the model as the loop has it, and what `torch.compile` has made of its original.
+
+    A hook of a compiled model is traced with it, and hears nothing: that of what is called does.
+    """
+    forms = [model]
+    if "torch._dynamo" in sys.modules:
+        kind = sys.modules["torch._dynamo"].OptimizedModule
+        plain = original(model)
+        forms += [
+            one
+            for one in gc.get_objects()
+            if type(one) is kind and original(one) is plain and one is not model
+        ]
+    return forms
 
 
 def closure_in(args: Sequence[Any], named: Mapping[str, Any]) -> Any:

@@ -68,9 +68,15 @@ def joined_minibatch(
     return found
 
 
-def chance_of_first(ranks: Ranks, own: Chance) -> Chance:
-    """Return rank 0's generators: all ranks look at the whole minibatch with the same numbers."""
-    return Chance.of(ranks.of_first(own.state_dict())) if ranks.several else own
+def calls_of_all(ranks: Ranks, own: Sequence[tuple[int, Chance]]) -> list[tuple[int, Chance]]:
+    """Return (examples, generators before it) of each call of a step, one rank's after another's.
+
+    All ranks look at all of them, with the same random numbers.
+    """
+    if not ranks.several:
+        return list(own)
+    every = ranks.told([(size, chance.state_dict()) for size, chance in own])
+    return [(size, Chance.of(state)) for calls in every for size, state in calls]
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from curvlab.derivatives import precise
 from curvlab.errors import CurvlabError, Diverged, warn
 from curvlab.logs.log import Log
 from curvlab.machine import clock_of
+from curvlab.nests import leaves
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.optim import Descent
@@ -47,7 +48,7 @@ from curvlab.probes.base import (
 from curvlab.strangers import mixes
 from curvlab.system import random_state
 from curvlab.watched_batches import Handed
-from curvlab.watched_ranks import buffers_of_first, chance_of_first, joined_minibatch
+from curvlab.watched_ranks import buffers_of_first, calls_of_all, joined_minibatch
 
 WATCHED = "watched"
 """The watched optimizers' direction, decoupled weight decay apart: the log's reference."""
@@ -96,6 +97,12 @@ class Taken:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     rate: float = 1.0
     seconds: float = 0.0
+
+
+def _calls(seen: Sequence[Handed]) -> list[tuple[int, random_state.Chance]]:
+    """Return (examples, generators before it) of this rank's calls of the model."""
+    calls = [call for one in seen for call in one.calls or [(len(leaves(one.y)[0]), one.moment)]]
+    return [(size, moment.chance) for size, moment in calls]
 
 
 class Looker:
@@ -164,8 +171,10 @@ class Looker:
                 moment.state.put_back()
                 stack.enter_context(buffers_of_first(self.objective))
                 now = self._closure(seen)
-                chance = chance_of_first(self.objective.ranks, moment.chance)
-                random_state.set_states(chance, device)
+                calls = calls_of_all(self.objective.ranks, _calls(seen))
+                random_state.set_states(calls[0][1], device)
+                if len(calls) > 1 and sum(size for size, _ in calls) == len(now.x):
+                    now.parts = calls
                 cast = nullcontext() if moment.cast is None else torch.autocast(*moment.cast)
                 with cast, precise():
                     found, record = self._seen(taken, now, count > 1 or first.part)
@@ -201,7 +210,7 @@ class Looker:
     def _is_a_mean(self, closure: Closure) -> bool:
         """Return whether minibatches looked at as one are what each was alone; say it if not."""
         mixing = mixes(self.objective.modules)
-        if mixing or closure._drew():
+        if mixing or closure.drew_as_one():
             why = (
                 "batch norm has other means and variances"
                 if mixing

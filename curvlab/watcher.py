@@ -19,11 +19,18 @@ import xarray as xr
 from torch import nn
 
 from curvlab.closure import Closure
-from curvlab.errors import CurvlabError, shown, warn
+from curvlab.errors import CurvlabError, cause_of, shown, warn
 from curvlab.logs.log import Log
 from curvlab.system.lock import exclusive_lock
 from curvlab.watched_batches import HandedBatches, Moment, called_with
-from curvlab.watched_loop import ForwardHook, closure_in, decays_of, in_no_block, rate_in
+from curvlab.watched_loop import (
+    ForwardHook,
+    closure_in,
+    decays_of,
+    forms_of,
+    in_no_block,
+    rate_in,
+)
 from curvlab.watched_ranks import minibatches_of_all
 from curvlab.watched_step import Looker, Taken
 
@@ -153,10 +160,11 @@ class Watcher:
             for optimizer in self.optimizers:
                 stack.callback(optimizer.register_step_pre_hook(self._before_step).remove)
                 stack.callback(optimizer.register_step_post_hook(self._after_step).remove)
-            hook = self.model.register_forward_pre_hook(
-                ForwardHook(self._before_forward), prepend=True, with_kwargs=True
-            )
-            stack.callback(hook.remove)
+            for form in forms_of(self.model):
+                hook = form.register_forward_pre_hook(
+                    ForwardHook(self._before_forward), prepend=True, with_kwargs=True
+                )
+                stack.callback(hook.remove)
             self._opened = stack.pop_all()
         return self
 
@@ -192,9 +200,14 @@ class Watcher:
                 " nothing is logged (did the loop step another optimizer, or skip every step?)"
             )
         elif self.log is None:
+            where = (
+                "the trainer did not call the model by its forward, with the labels in the call"
+                if self.calls
+                else "go through watch(loader), or step inside of watch.batch(x, y)"
+            )
             warn(
-                f"watch has seen {self.steps} steps and no minibatch, so that nothing is logged: go"
-                " through watch(loader), or step inside of watch.batch(x, y)"
+                f"watch has seen {self.steps} steps and no minibatch, so that nothing is logged:"
+                f" {where}"
             )
 
     def _locked(self, stack: ExitStack) -> None:
@@ -306,8 +319,18 @@ class Watcher:
         """Return inputs and targets of a minibatch, and whether the inputs are final."""
         if y is not None:
             return x, y, True
-        x, y = self.objective.interface.apart(x) if self.take is None else self.take(x)
-        return x, y, self.take is not None
+        if self.take is None:
+            return *self.objective.interface.apart(x), False
+        try:
+            x, y = self.take(x)
+        except CurvlabError:
+            raise
+        except Exception as error:
+            raise CurvlabError(
+                "take= must return (inputs, targets) of a minibatch, and ended in"
+                f" {type(error).__name__}: {cause_of(error)}"
+            ) from error
+        return x, y, True
 
     def _gradients_are_gone(self) -> bool:
         parameters = self.objective.parameters.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,19 +43,27 @@ class Chance:
         return cls(tuple(state["torch"]), (version, tuple(numbers), normal), state["numpy"])
 
 
+def torch_states(device: torch.device) -> tuple[Tensor, ...]:
+    """Return the states of torch's generators: the CPU's, and the device's where it is a GPU."""
+    found = (torch.get_rng_state(),)
+    return (*found, torch.cuda.get_rng_state(device)) if device.type == "cuda" else found
+
+
+def set_torch_states(found: Sequence[Tensor], device: torch.device) -> None:
+    """Set torch's generators back to what `torch_states` gave."""
+    torch.set_rng_state(found[0].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(found[1].cpu(), device)
+
+
 def states(device: torch.device) -> Chance:
     """Return the states of the CPU's generators, and of the device's where that is a GPU."""
-    found = (torch.get_rng_state(),) + (
-        (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
-    )
-    return Chance(found, random.getstate(), _numpy_state())
+    return Chance(torch_states(device), random.getstate(), _numpy_state())
 
 
 def set_states(found: Chance, device: torch.device) -> None:
     """Set the generators back to what `states` gave."""
-    torch.set_rng_state(found.torch[0].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(found.torch[1].cpu(), device)
+    set_torch_states(found.torch, device)
     random.setstate(found.python)
     np.random.set_state(found.numpy)  # noqa: NPY002
 
@@ -66,6 +74,11 @@ def drawn_since(before: Chance, device: torch.device) -> bool:
         return True
     if device.type == "cuda" and not torch.equal(before.torch[1], torch.cuda.get_rng_state(device)):
         return True
+    return drawn_by_hosts(before)
+
+
+def drawn_by_hosts(before: Chance) -> bool:
+    """Return whether Python or numpy drew a random number since `before`."""
     return before.python != random.getstate() or _numpy_drawn(before.numpy)
 
 
