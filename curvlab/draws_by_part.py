@@ -18,6 +18,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlab.system.random_state import Chance, set_torch_states, torch_states
 
+_EACH = frozenset(
+    {
+        "bernoulli",
+        "bernoulli_",
+        "binomial",
+        "cauchy_",
+        "exponential_",
+        "geometric_",
+        "log_normal_",
+        "multinomial",
+        "native_dropout",
+        "normal",
+        "normal_",
+        "poisson",
+        "rand",
+        "rand_like",
+        "randint",
+        "randint_like",
+        "randn",
+        "randn_like",
+        "random_",
+        "rrelu_with_noise",
+        "rrelu_with_noise_",
+        "uniform",
+        "uniform_",
+    }
+)
+"""Operators that draw each element of what they return by itself, one after another."""
+
 
 class DrawsByPart(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types there
     """Let operators that draw for N examples draw for each part as it did alone, inside.
@@ -46,21 +75,21 @@ class DrawsByPart(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         if not draws or isinstance(kwargs.get("generator"), torch.Generator):
             return func(*args, **kwargs)
         total = sum(self.sizes)
-        if not self._are_all(args, total):
-            self.missed = True
-            return func(*args, **kwargs)
+        if func.overloadpacket.__name__ not in _EACH or not _is_of_all(args, total):
+            before = torch_states(self.device)
+            whole = func(*args, **kwargs)
+            now = torch_states(self.device)
+            self.missed |= not all(map(torch.equal, before, now))
+            return whole
         found, start = [], 0
         for i, size in enumerate(self.sizes):
             own = [_part(a, start, size, total) for a in args]
-            found.append(self._drawn(i, partial(func, *own, **kwargs)))
+            named = {key: _part(a, start, size, total) for key, a in kwargs.items()}
+            found.append(self._drawn(i, partial(func, *own, **named)))
             start += size
-        if func._schema.is_mutable:  # the parts are views of what was given
+        if func.overloadpacket.__name__.endswith("_"):  # the parts are views of what was given
             return args[0]
         return _joined(found)
-
-    def _are_all(self, args: tuple[Any, ...], total: int) -> bool:
-        first = args[0] if args else None
-        return _is_of(first, total) or _is_size(first, total)
 
     def _drawn(self, part: int, draw: Callable[[], Any]) -> Any:
         """Return what is drawn from a part's own generators, which go on."""
@@ -68,6 +97,12 @@ class DrawsByPart(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         found = draw()
         self.states[part] = torch_states(self.device)
         return found
+
+
+def _is_of_all(args: tuple[Any, ...], total: int) -> bool:
+    """Return whether what an operator draws is of all examples, the first axis."""
+    first = next((a for a in args if isinstance(a, Tensor | list | tuple)), None)
+    return _is_of(first, total) or _is_size(first, total)
 
 
 def _is_of(value: Any, total: int) -> bool:

@@ -185,8 +185,17 @@ def leaves(tree: Any) -> list[Tensor]:
     return [t for _, t in _leaves(tree)]
 
 
-def joined(minibatches: Sequence[Batched]) -> Batched:
-    """Return the examples of several minibatches of one form as one, in their order.
+def form_of(x: Batched) -> str:
+    """Return the shapes of one example's tensors."""
+    return described(x[:1])
+
+
+def joined(minibatches: Sequence[Batched], fill: float | None = None) -> Batched:
+    """Return the examples of several minibatches as one, in their order.
+
+    Args:
+        minibatches: of one form, or of one number of axes, all but the first of any length.
+        fill: what stands behind the shorter ones; None where they must have one form.
 
     Raises:
         CurvlabError: they have other tensors, or tensors of other shapes.
@@ -194,16 +203,47 @@ def joined(minibatches: Sequence[Batched]) -> Batched:
     first, *others = minibatches
     if not others:
         return first
-    forms = {described(m[:1]) for m in minibatches}
+    forms = {form_of(m) for m in minibatches}
+    if len(forms) > 1 and fill is not None and len({_axes(m) for m in minibatches}) == 1:
+        minibatches = _of_one_length(minibatches, fill)
+        first, forms = minibatches[0], {""}
     if len(forms) > 1:
         raise CurvlabError(
-            f"minibatches of different forms cannot be joined ({'; '.join(sorted(forms))})"
+            f"minibatches of different forms cannot be joined ({'; '.join(sorted(forms))}): bring"
+            " them to one length, or give the model an attention_mask, which says what is padding"
         )
     if isinstance(first, Tensor):
         return torch.cat([m for m in minibatches if isinstance(m, Tensor)])
     every = [m for m in minibatches if isinstance(m, Nest)]
     leaves = {path: torch.cat([m.leaves[path] for m in every]) for path in first.leaves}
     return Nest._like(first, leaves, first.others)
+
+
+def _axes(x: Batched) -> Hashable:
+    """Return which tensors there are, and the number of axes of each."""
+    return x.ndim if isinstance(x, Tensor) else tuple((p, t.ndim) for p, t in x.leaves.items())
+
+
+def _of_one_length(minibatches: Sequence[Batched], fill: float) -> list[Batched]:
+    """Return minibatches in which all tensors but their first axes are as long as the longest."""
+
+    def padded(tensors: list[Tensor]) -> list[Tensor]:
+        longest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+        found = []
+        for t in tensors:
+            whole = t.new_full((len(t), *longest), fill)
+            whole[tuple(slice(n) for n in t.shape)] = t
+            found.append(whole)
+        return found
+
+    if isinstance(minibatches[0], Tensor):
+        return list(padded([m for m in minibatches if isinstance(m, Tensor)]))
+    every = [m for m in minibatches if isinstance(m, Nest)]
+    columns = {path: padded([m.leaves[path] for m in every]) for path in every[0].leaves}
+    return [
+        Nest._like(m, {path: ts[i] for path, ts in columns.items()}, m.others)
+        for i, m in enumerate(every)
+    ]
 
 
 def check_inputs(x: Batched) -> None:

@@ -14,7 +14,7 @@ alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -179,9 +179,30 @@ def whole_minibatch(objective: Objective, x: Batched, y: Batched) -> tuple[Batch
         objective.given_parts = ranks.differing(mine) > 0
     if not objective.given_parts:
         return x, y
-    own = [_on_host(x), _on_host(y)]
-    every = ranks.told(own)
-    return joined([pair[0] for pair in every]), joined([pair[1] for pair in every])
+    every = ranks.told((_on_host(x), _on_host(y)))
+    return joined_pairs(objective, every)
+
+
+def joined_pairs(
+    objective: Objective, pairs: Sequence[tuple[Batched, Batched]]
+) -> tuple[Batched, Batched]:
+    """Return several minibatches as one, in their order.
+
+    Sequences that were brought to another length in each are padded where the inputs say what is
+    padding: with 0 (so that `attention_mask` is 0 there), and the targets with `ignore_index`.
+
+    Args:
+        objective: of all of them.
+        pairs: inputs and targets of each.
+
+    Raises:
+        CurvlabError: they do not fit together.
+    """
+    xs, ys = [x for x, _ in pairs], [y for _, y in pairs]
+    ignored = getattr(objective.likelihood, "ignore_index", None)
+    masked = all(isinstance(x, Nest) and ("attention_mask",) in x.leaves for x in xs)
+    pads = masked and ignored is not None
+    return joined(xs, 0 if pads else None), joined(ys, ignored if pads else None)
 
 
 def _checksum(x: Batched, y: Batched) -> int:

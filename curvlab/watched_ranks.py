@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlab.nests import Batched, joined
+from curvlab.nests import Batched
 from curvlab.objective import Objective
 from curvlab.parallel import Ranks
-from curvlab.shared_looks import agree, tell_failure
+from curvlab.shared_looks import agree, joined_pairs, tell_failure
 from curvlab.system.random_state import Chance
 
 
@@ -59,7 +60,7 @@ def joined_minibatch(
     ranks = objective.ranks
     try:
         own = [objective.batch(x, y) for x, y in pairs]
-        found = joined([x for x, _ in own]), joined([y for _, y in own])
+        found = joined_pairs(objective, own)
     except Exception as error:
         if ranks.several:
             tell_failure(ranks, error, 0)
@@ -68,15 +69,27 @@ def joined_minibatch(
     return found
 
 
-def calls_of_all(ranks: Ranks, own: Sequence[tuple[int, Chance]]) -> list[tuple[int, Chance]]:
-    """Return (examples, generators before it) of each call of a step, one rank's after another's.
+@dataclass(frozen=True)
+class Call:
+    """A call of the model on examples of a step.
 
-    All ranks look at all of them, with the same random numbers.
+    Args:
+        size: how many they were.
+        form: shapes of one example's tensors.
+        chance: the generators before it.
     """
+
+    size: int
+    form: str
+    chance: Chance
+
+
+def calls_of_all(ranks: Ranks, own: Sequence[Call]) -> list[Call]:
+    """Return each call of a step, one rank's after another's: all ranks look at all of them."""
     if not ranks.several:
         return list(own)
-    every = ranks.told([(size, chance.state_dict()) for size, chance in own])
-    return [(size, Chance.of(state)) for calls in every for size, state in calls]
+    every = ranks.told([(one.size, one.form, one.chance.state_dict()) for one in own])
+    return [Call(n, form, Chance.of(state)) for calls in every for n, form, state in calls]
 
 
 @contextmanager

@@ -48,7 +48,7 @@ from curvlab.probes.base import (
 from curvlab.strangers import mixes
 from curvlab.system import random_state
 from curvlab.watched_batches import Handed
-from curvlab.watched_ranks import buffers_of_first, calls_of_all, joined_minibatch
+from curvlab.watched_ranks import Call, buffers_of_first, calls_of_all, joined_minibatch
 
 WATCHED = "watched"
 """The watched optimizers' direction, decoupled weight decay apart: the log's reference."""
@@ -99,10 +99,19 @@ class Taken:
     seconds: float = 0.0
 
 
-def _calls(seen: Sequence[Handed]) -> list[tuple[int, random_state.Chance]]:
-    """Return (examples, generators before it) of this rank's calls of the model."""
-    calls = [call for one in seen for call in one.calls or [(len(leaves(one.y)[0]), one.moment)]]
-    return [(size, moment.chance) for size, moment in calls]
+def _calls(seen: Sequence[Handed]) -> list[Call]:
+    """Return this rank's calls of the model; one on each minibatch of which none was heard."""
+    return [
+        Call(size, str([t.shape[1:] for t in leaves(one.x)]), moment.chance)
+        for one in seen
+        for size, moment in one.calls or [(len(leaves(one.y)[0]), one.moment)]
+    ]
+
+
+def _are_parts(calls: Sequence[Call], size: int) -> bool:
+    """Return whether what each call drew is what it draws as a part of the whole."""
+    forms = {one.form for one in calls}
+    return len(calls) > 1 and len(forms) == 1 and sum(one.size for one in calls) == size
 
 
 class Looker:
@@ -172,9 +181,9 @@ class Looker:
                 stack.enter_context(buffers_of_first(self.objective))
                 now = self._closure(seen)
                 calls = calls_of_all(self.objective.ranks, _calls(seen))
-                random_state.set_states(calls[0][1], device)
-                if len(calls) > 1 and sum(size for size, _ in calls) == len(now.x):
-                    now.parts = calls
+                random_state.set_states(calls[0].chance, device)
+                if _are_parts(calls, len(now.x)):
+                    now.parts = [(one.size, one.chance) for one in calls]
                 cast = nullcontext() if moment.cast is None else torch.autocast(*moment.cast)
                 with cast, precise():
                     found, record = self._seen(taken, now, count > 1 or first.part)
