@@ -14,7 +14,7 @@ from curvlab.curvature.base import Curvature, check_damping
 from curvlab.curvature.settings import Cadence, CurvatureSettings
 from curvlab.descent import Descent
 from curvlab.errors import CurvlabError, lookup, real, unknown
-from curvlab.foreign_optimizers import Foreign, foreign_algorithm
+from curvlab.foreign_optimizers import FOREIGN, Foreign, foreign_algorithm
 from curvlab.groups import check_momentum
 from curvlab.momentum import MomentumKind
 from curvlab.objective import Objective
@@ -45,7 +45,7 @@ def find_algorithm(name: str) -> Algorithm:
         CurvlabError: an unknown name (with the known ones and the closest), or an optimizer that
             cannot be followed (`foreign`).
     """
-    if isinstance(name, str) and ":" in name and name not in ALGORITHMS:
+    if isinstance(name, str) and name not in ALGORITHMS and (":" in name or name in FOREIGN):
         return foreign_algorithm(name)
     return lookup(ALGORITHMS, name, "algorithm")
 

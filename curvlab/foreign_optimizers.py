@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.algorithm_entry import Algorithm, Constants, WholeVector
+from curvlab.algorithm_table import ALGORITHMS
 from curvlab.curvature.base import Curvature
 from curvlab.curvature.overall_damping import fixed
 from curvlab.curvature.settings import CurvatureSettings
@@ -200,14 +201,19 @@ def foreign(kind: type[torch.optim.Optimizer], *, name: str | None = None, **opt
             parameters that it does not (Muon: all but matrices), AdamW by default, and its rate.
 
     Raises:
-        CurvlabError: no such class; an optimizer that needs a closure, the graph, or the weights'
+        CurvlabError: no such class; a name that is an algorithm's of curvlab's own or no text; an
+            optimizer that needs a closure, the graph, or the weights'
             own history, or has no learning rate; options that it refuses.
     """
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise CurvlabError(f"foreign takes a class of torch.optim.Optimizer, not {shown(kind)}")
+    if name is not None and (not isinstance(name, str) or not name.strip()):
+        raise CurvlabError(f"the name of an optimizer is a text, not {shown(name)}")
     package = kind.__module__.partition(".")[0]
     inside = ", ".join(f"{key}={value!r}" for key, value in options.items())
     called = name or f"{package}:{kind.__qualname__}" + (f"({inside})" if inside else "")
+    if called in ALGORITHMS:
+        raise CurvlabError(f"'{called}' is an algorithm of curvlab's own: call it by another name")
     FOREIGN[called] = _entry(kind, called, options)
     return called
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.curvature.base import CurvatureDefaults, check_algorithm
-from curvlab.errors import CurvlabError, raise_if_out_of_memory
+from curvlab.errors import CurvlabError, raise_if_out_of_memory, some_of
 from curvlab.foreign_kinds import decoupled, one_line
+from curvlab.foreign_state import AttributeState, load_plain_state, plain_state
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
@@ -233,10 +234,23 @@ class Shadow(CurvatureDefaults):
         """Return the name and the optimizers' own states."""
         return {
             "algorithm": self.name,
-            "optimizers": [copy.deepcopy(o.state_dict()) for o in self.optimizers],
+            "optimizers": [plain_state(o) for o in self.optimizers],
+            "attributes": self._attributes(),
             "rates": copy.deepcopy(self._rates),
             "drawn": None if self._drawn is None else self._drawn.state_dict(),
         }
+
+    def _attributes(self) -> list[dict[str, Any]]:
+        """Return what the optimizers keep beside their states; say what no checkpoint holds."""
+        every = [AttributeState(optimizer) for optimizer in self.optimizers]
+        found = [one.state_dict() for one in every]
+        lost = [place for one in every for place in one.lost]
+        if lost:
+            self.objective.say(
+                f"{self.name} keeps {some_of(lost, 4)} beside its state, which is no plain data and"
+                " in no checkpoint: a run that goes on from one may take other steps"
+            )
+        return found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from such a state.
@@ -245,21 +259,20 @@ class Shadow(CurvatureDefaults):
             CurvlabError: it is of another algorithm or other parameters; nothing is taken.
         """
         check_algorithm(state, self.name)
-        saved, held = state["optimizers"], [copy.deepcopy(o.state_dict()) for o in self.optimizers]
+        saved, held = state["optimizers"], [plain_state(o) for o in self.optimizers]
+        before = self._attributes()
         for one, own in zip(saved, held, strict=False):
-            here = [len(g["params"]) for g in own["param_groups"]]
-            there = [len(g["params"]) for g in one["param_groups"]]
+            here = [len(g["params"]) for g in own.get("param_groups", [])]
+            there = [len(g["params"]) for g in one.get("param_groups", [])]
             if here != there or len(saved) != len(held):
                 raise CurvlabError(
                     f"the checkpoint's {self.name} has groups of {there} parameters but this one of"
                     f" {here}: build the same model first"
                 )
         try:
-            for optimizer, one in zip(self.optimizers, saved, strict=True):
-                optimizer.load_state_dict(copy.deepcopy(one))
+            self._load(saved, state.get("attributes", before))
         except Exception as error:
-            for optimizer, one in zip(self.optimizers, held, strict=True):
-                optimizer.load_state_dict(one)
+            self._load(held, before)
             line = one_line(error)
             raise CurvlabError(f"the checkpoint's {self.name} does not fit: {line}") from error
         # earlier versions wrote theirs at every step
@@ -267,3 +280,8 @@ class Shadow(CurvatureDefaults):
         self._rates = copy.deepcopy(state.get("rates", written))
         drawn = state.get("drawn")
         self._drawn = None if drawn is None else random_state.Chance.of(drawn)
+
+    def _load(self, states: Sequence[Any], attributes: Sequence[dict[str, Any]]) -> None:
+        for optimizer, one, own in zip(self.optimizers, states, attributes, strict=True):
+            load_plain_state(optimizer, one)
+            AttributeState(optimizer).load_state_dict(own)

@@ -37,7 +37,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     if where is not None:
         raise CurvlabError(
             "a checkpoint holds tensors, numbers, strings, lists and dictionaries only, but"
-            f" {where[0]} is of type {where[1]}"
+            f" {where[0]} is of type {where[1]}: without a folder a run writes none"
         )
     outer = sys.exception()
     try:
