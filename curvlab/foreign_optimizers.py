@@ -201,9 +201,9 @@ def foreign(kind: type[torch.optim.Optimizer], *, name: str | None = None, **opt
             parameters that it does not (Muon: all but matrices), AdamW by default, and its rate.
 
     Raises:
-        CurvlabError: no such class; a name that is an algorithm's of curvlab's own or no text; an
-            optimizer that needs a closure, the graph, or the weights'
-            own history, or has no learning rate; options that it refuses.
+        CurvlabError: no such class; a name that is no text, or that of an algorithm of curvlab's
+            own; an optimizer that needs a closure, the graph, or the weights' own history, or has
+            no learning rate; options that it refuses.
     """
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise CurvlabError(f"foreign takes a class of torch.optim.Optimizer, not {shown(kind)}")

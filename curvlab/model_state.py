@@ -29,7 +29,8 @@ _MACHINERY = frozenset(nn.Module().__dict__) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NAMES = (dict, OrderedDict, defaultdict, Counter)
 _HOLDERS = (list, deque, set, bytearray)
-_FEW = 1 << 22
+_FEW = 1 << 22  # numbers that are copied, whatever the size of the model
+_MANY = 1 << 16  # items of a list or dictionary that is looked into: a longer one is data
 _OTHERS = frozenset({"curvlab", "torch", "builtins", "None"})
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib")})
 _ATOMS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
@@ -86,7 +87,7 @@ class ModelState:
         elif type(value) in _HOLDERS:
             items = list(value)
             self._undo.append(functools.partial(_refill, value, items))
-            self._todo.extend(items)
+            self._todo.extend(items if len(items) < _MANY else ())
         elif isinstance(value, tuple):
             self._todo.extend(value)
         elif (undo := _generator(value)) is not None:
@@ -113,7 +114,7 @@ class ModelState:
     def _names(self, names: dict[Any, Any], but: frozenset[str] = frozenset()) -> None:
         held = {name: value for name, value in names.items() if name not in but}
         self._undo.append(functools.partial(_rename, names, held, but))
-        self._todo.extend(held.values())
+        self._todo.extend(held.values() if len(held) < _MANY else ())
 
     def _function(self, value: Any) -> bool:
         """Visit what a function can write to; return whether it is one."""
@@ -208,7 +209,10 @@ def _numbers(t: Tensor) -> _Undo:
     copy, version = t.detach().clone(), t._version
 
     def undo() -> None:
-        if t._version == version and t.shape == copy.shape and torch.equal(t, copy):
+        if t.shape != copy.shape:
+            t.data = copy
+            return
+        if t._version == version and torch.equal(t, copy):
             return
         with torch.no_grad(), _unsafe_preserve_version_counter(t):
             t.copy_(copy)

@@ -100,6 +100,10 @@ class HandedBatches:
         """Keep what is handed while no look is due: the step that is looked at may be on it."""
         self._ahead.append(partial(self.read, x, y))
 
+    def knows(self, inputs: Any) -> bool:
+        """Return whether the model was called on these very inputs before, in this step."""
+        return any(_are(h.origin, inputs) and _equal(h.x, inputs) for h in self.called)
+
     def of_call(self, inputs: Any) -> Handed | None:
         """Return the minibatch that the model is called on, where it is its first call.
 

@@ -233,6 +233,26 @@ def test_a_model_that_was_compiled_before_is_heard() -> None:
     assert not compiled._forward_pre_hooks
 
 
+def test_a_call_that_is_heard_twice_is_one_minibatch() -> None:
+    """In a trainer, whose calls are the minibatches; of gradients that add up each is one."""
+    model = with_dropout()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = minibatches(4)
+    labels = {id(x): y for x, y in data}
+    seen = watched(model, optimizer, take=lambda call: (call["input"], labels[id(call["input"])]))
+    seen.calls = True
+    with seen:
+        hook = model.register_forward_pre_hook(seen._before_forward, with_kwargs=True)
+        for i, (x, y) in enumerate(data):
+            (nn.functional.cross_entropy(model(input=x), y) / 2).backward()
+            if i % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        hook.remove()
+    assert seen.dataset["minibatches"].values.tolist() == [2, 2]
+    np.testing.assert_allclose(seen.dataset["optimizer_gradient_cosine"], 1, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("take", "line"),
     [
