@@ -239,7 +239,7 @@ def _refill(holder: Any, items: list[Any]) -> None:
 
 
 @contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Leave a model's state as it was before."""
     before = ModelState(model)
     try:

@@ -26,7 +26,7 @@ AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Moment:
+class Surroundings:
     """What stands at a call of the model, beside its weights and inputs.
 
     Args:
@@ -40,7 +40,7 @@ class Moment:
     cast: tuple[str, torch.dtype] | None
 
     @classmethod
-    def of(cls, objective: Objective) -> Moment:
+    def of(cls, objective: Objective) -> Surroundings:
         """Return what stands now."""
         return cls(states(objective.device), ModelState(objective.model), around())
 
@@ -53,7 +53,7 @@ class Handed:
         x: inputs.
         y: targets.
         final: whether the inputs are as the model takes them, whatever it is called with.
-        moment: what stood at the first call, or when it was handed.
+        surroundings: what stood at the first call, or when it was handed.
         calls: (examples, what stood) of each call of the model on it, or on a part of it, in order.
         idle: whether the gradients were gone when the next one was handed.
         part: whether the model was called on a part of it.
@@ -63,10 +63,10 @@ class Handed:
     x: Any
     y: Any
     final: bool
-    moment: Moment
+    surroundings: Surroundings
     idle: bool = False
     part: bool = False
-    calls: list[tuple[int, Moment]] = field(default_factory=list)
+    calls: list[tuple[int, Surroundings]] = field(default_factory=list)
     origin: Any = None
 
 
@@ -76,13 +76,15 @@ class HandedBatches:
     Args:
         read: inputs and targets as the loop has them → as the objective does, and whether the
             inputs are final.
-        moment: returns what stands.
+        surroundings: returns what stands.
     """
 
     def __init__(
-        self, read: Callable[[Any, Any], tuple[Any, Any, bool]], moment: Callable[[], Moment]
+        self,
+        read: Callable[[Any, Any], tuple[Any, Any, bool]],
+        surroundings: Callable[[], Surroundings],
     ) -> None:
-        self.read, self.moment = read, moment
+        self.read, self.surroundings = read, surroundings
         self.called: list[Handed] = []
         """Those that the model was called on, in the order of the calls."""
         self.waiting: list[Handed] = []
@@ -94,7 +96,7 @@ class HandedBatches:
 
     def hand(self, x: Any, y: Any) -> None:
         """Take a minibatch for the step that is next looked at."""
-        self.waiting.append(Handed(*self.read(x, y), self.moment()))
+        self.waiting.append(Handed(*self.read(x, y), self.surroundings()))
 
     def keep_ahead(self, x: Any, y: Any) -> None:
         """Keep what is handed while no look is due: the step that is looked at may be on it."""
@@ -125,7 +127,7 @@ class HandedBatches:
             x, y, final = one()
             if _are(x, inputs) or _equal(x, inputs):
                 self._ahead.remove(one)
-                return Handed(x, y, final, self.moment())
+                return Handed(x, y, final, self.surroundings())
         return self.waiting[-1] if self.waiting else None
 
     def call(self, handed: Handed, inputs: Any) -> None:
@@ -140,8 +142,8 @@ class HandedBatches:
             handed.part = _length(inputs) != _length(handed.y) == _length(handed.x)
         x = handed.x if handed.final or handed.part or inputs is None else inputs
         handed.origin, handed.x, handed.y = handed.x, copied(x), copied(handed.y)
-        handed.moment = self.moment()
-        handed.calls = [(_length(inputs if handed.part else handed.x) or 0, handed.moment)]
+        handed.surroundings = self.surroundings()
+        handed.calls = [(_length(inputs if handed.part else handed.x) or 0, handed.surroundings)]
 
     def _goes_on(self, handed: Handed, inputs: Any) -> bool:
         """Note a call on the next part of a minibatch; return whether it is one."""
@@ -150,7 +152,7 @@ class HandedBatches:
         here = [t[start : start + size] if t.ndim else t for t in leaves(handed.x)]
         if not size or not _equal(here, leaves(inputs)):
             return False
-        handed.calls.append((size, self.moment()))
+        handed.calls.append((size, self.surroundings()))
         return True
 
     def take(self) -> tuple[list[Handed], bool]:

@@ -70,7 +70,7 @@ def joined_minibatch(
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelCall:
     """A call of the model on examples of a step.
 
     Args:
@@ -84,12 +84,12 @@ class Call:
     chance: Chance
 
 
-def calls_of_all(ranks: Ranks, own: Sequence[Call]) -> list[Call]:
+def calls_of_all(ranks: Ranks, own: Sequence[ModelCall]) -> list[ModelCall]:
     """Return each call of a step, one rank's after another's: all ranks look at all of them."""
     if not ranks.several:
         return list(own)
     every = ranks.told([(one.size, one.form, one.chance.state_dict()) for one in own])
-    return [Call(n, form, Chance.of(state)) for calls in every for n, form, state in calls]
+    return [ModelCall(n, form, Chance.of(state)) for calls in every for n, form, state in calls]
 
 
 @contextmanager

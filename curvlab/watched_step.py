@@ -48,7 +48,7 @@ from curvlab.probes.base import (
 from curvlab.strangers import mixes
 from curvlab.system import random_state
 from curvlab.watched_batches import Handed
-from curvlab.watched_ranks import Call, buffers_of_first, calls_of_all, joined_minibatch
+from curvlab.watched_ranks import ModelCall, buffers_of_first, calls_of_all, joined_minibatch
 
 WATCHED = "watched"
 """The watched optimizers' direction, decoupled weight decay apart: the log's reference."""
@@ -99,16 +99,16 @@ class Taken:
     seconds: float = 0.0
 
 
-def _calls(seen: Sequence[Handed]) -> list[Call]:
+def _calls(seen: Sequence[Handed]) -> list[ModelCall]:
     """Return this rank's calls of the model; one on each minibatch of which none was heard."""
     return [
-        Call(size, str([t.shape[1:] for t in leaves(one.x)]), moment.chance)
+        ModelCall(size, str([t.shape[1:] for t in leaves(one.x)]), stood.chance)
         for one in seen
-        for size, moment in one.calls or [(len(leaves(one.y)[0]), one.moment)]
+        for size, stood in one.calls or [(len(leaves(one.y)[0]), one.surroundings)]
     ]
 
 
-def _are_parts(calls: Sequence[Call], size: int) -> bool:
+def _are_parts(calls: Sequence[ModelCall], size: int) -> bool:
     """Return whether what each call drew is what it draws as a part of the whole."""
     forms = {one.form for one in calls}
     return len(calls) > 1 and len(forms) == 1 and sum(one.size for one in calls) == size
@@ -171,20 +171,20 @@ class Looker:
                 likelihood; later they are a line of warning too.
         """
         start, device = self.clock(), self.objective.device
-        first, moment = seen[0], seen[0].moment
+        first, stood = seen[0], seen[0].surroundings
         now: Closure | None = None
         with ExitStack() as stack:
             stack.enter_context(random_state.kept(device))
-            stack.enter_context(model_state.kept(self.objective.model))
+            stack.enter_context(model_state.undisturbed(self.objective.model))
             try:
-                moment.state.put_back()
+                stood.state.put_back()
                 stack.enter_context(buffers_of_first(self.objective))
                 now = self._closure(seen)
                 calls = calls_of_all(self.objective.ranks, _calls(seen))
                 random_state.set_states(calls[0].chance, device)
                 if _are_parts(calls, len(now.x)):
                     now.parts = [(one.size, one.chance) for one in calls]
-                cast = nullcontext() if moment.cast is None else torch.autocast(*moment.cast)
+                cast = nullcontext() if stood.cast is None else torch.autocast(*stood.cast)
                 with cast, precise():
                     found, record = self._seen(taken, now, count > 1 or first.part)
             except RankLost:

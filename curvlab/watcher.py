@@ -22,7 +22,7 @@ from curvlab.closure import Closure
 from curvlab.errors import CurvlabError, cause_of, shown, warn
 from curvlab.logs.log import Log
 from curvlab.system.lock import exclusive_lock
-from curvlab.watched_batches import HandedBatches, Moment, called_with
+from curvlab.watched_batches import HandedBatches, Surroundings, called_with
 from curvlab.watched_loop import (
     ForwardHook,
     closure_in,
@@ -65,7 +65,7 @@ class Watcher:
         self._opened: ExitStack | None = None
         self._looking = False
         self._due = True
-        self._handed = HandedBatches(self._read, lambda: Moment.of(self.objective))
+        self._handed = HandedBatches(self._read, lambda: Surroundings.of(self.objective))
         self._stepped: set[int] = set()
         self._taken: Taken | None = None
         self._begun = 0.0

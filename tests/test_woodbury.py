@@ -120,9 +120,12 @@ def test_gram_of_rows_with_nan() -> None:
         gram_cholesky(Rows(torch.full((2, 2), float("nan"))), 1.0)
 
 
+SCALE = st.just(0.0) | st.floats(1e-100, 3)  # whose squares do not leave the finite range
+
+
 @FEW
 @given(
-    st.lists(st.tuples(SIZE, st.booleans(), st.floats(0, 3)), min_size=1, max_size=3),
+    st.lists(st.tuples(SIZE, st.booleans(), SCALE), min_size=1, max_size=3),
     SIZE,
     SIZE,
     COLUMNS,
