@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from curvlab.curvature.shadow import Shadow
-from curvlab.errors import CurvlabError, shown
+from curvlab.errors import CurvlabError, shown, some_of
 from curvlab.foreign_kinds import decoupled
 from curvlab.objective import Objective
 from curvlab.strangers import original
@@ -48,7 +48,7 @@ def check_held(objective: Objective, optimizers: Sequence[torch.optim.Optimizer]
     loose = [name for name, p in objective.parameters.items() if id(p) not in held]
     if loose:
         raise CurvlabError(
-            f"parameters {_listed(loose)} of the model are trainable but in no optimizer: give"
+            f"parameters {some_of(loose)} of the model are trainable but in no optimizer: give"
             " watch all optimizers of the loop as a list, or freeze them"
         )
 
@@ -65,7 +65,7 @@ def in_no_block(
     }
     if found:
         objective.say(
-            f"parameters {_listed(list(found))} of the model are trained now and were not when the"
+            f"parameters {some_of(found)} of the model are trained now and were not when the"
             " watch was made: they are in no block of its log; make another watch for them"
         )
     return list(found.values())
@@ -73,11 +73,6 @@ def in_no_block(
 
 def _held(optimizers: Sequence[torch.optim.Optimizer]) -> set[int]:
     return {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def described_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
