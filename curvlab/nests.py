@@ -185,11 +185,6 @@ def leaves(tree: Any) -> list[Tensor]:
     return [t for _, t in _leaves(tree)]
 
 
-def form_of(x: Batched) -> str:
-    """Return the shapes of one example's tensors."""
-    return described(x[:1])
-
-
 def joined(minibatches: Sequence[Batched], fill: float | None = None) -> Batched:
     """Return the examples of several minibatches as one, in their order.
 
@@ -203,15 +198,16 @@ def joined(minibatches: Sequence[Batched], fill: float | None = None) -> Batched
     first, *others = minibatches
     if not others:
         return first
-    forms = {form_of(m) for m in minibatches}
-    if len(forms) > 1 and fill is not None and len({_axes(m) for m in minibatches}) == 1:
-        minibatches = _of_one_length(minibatches, fill)
-        first, forms = minibatches[0], {""}
+    forms = {described(m[:1]) for m in minibatches}
     if len(forms) > 1:
-        raise CurvlabError(
-            f"minibatches of different forms cannot be joined ({'; '.join(sorted(forms))}): bring"
-            " them to one length, or give the model an attention_mask, which says what is padding"
-        )
+        if fill is None or len({_axes(m) for m in minibatches}) > 1:
+            raise CurvlabError(
+                f"minibatches of different forms cannot be joined ({'; '.join(sorted(forms))}):"
+                " bring them to one length, or give the model an attention_mask, which says what is"
+                " padding"
+            )
+        minibatches = _of_one_length(minibatches, fill)
+        first = minibatches[0]
     if isinstance(first, Tensor):
         return torch.cat([m for m in minibatches if isinstance(m, Tensor)])
     every = [m for m in minibatches if isinstance(m, Nest)]
